@@ -1,0 +1,23 @@
+"""Classify and embed every image of a manifest; run the same command again to resume.
+
+python -m jobs.predict --config configs/classify.yaml
+python -m jobs.predict --manifest URI --output URI --registry URI --bundles NAME
+"""
+
+from typing import Any
+
+from jobs import connected_ray, run_job
+from pipeline.inference.plan import PredictConfig, resolve_inputs
+
+
+def main(config: PredictConfig) -> dict[str, Any]:
+    """Run, or resume, the run that `config` describes."""
+    manifest, models = resolve_inputs(config)  # what is wrong here is said before a cluster is waited for
+    from pipeline.inference.flow import predict
+
+    with connected_ray() as nodes:
+        return predict(config, manifest, models, nodes)
+
+
+if __name__ == "__main__":
+    run_job(PredictConfig, main)

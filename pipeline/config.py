@@ -1,0 +1,109 @@
+"""Configs: one YAML file first, then command-line fields over it, parsed into one frozen model.
+
+    python -m jobs.predict --config configs/classify.yaml --output s3://bucket/tables --tables.top_k 3
+
+A config is a subclass of `JobConfig` with fields and nested `Section`s, each with a `description` that `--help` prints.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from pipeline.errors import ConfigError
+
+Config = TypeVar("Config", bound="JobConfig")
+
+
+class Section(BaseModel):
+    """A named group of config fields; frozen, and strict about unknown ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class JobConfig(BaseSettings):
+    """The whole config of one job; frozen, and strict about unknown fields. The environment is not read."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, cli_avoid_json=True, cli_hide_none_type=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    def to_yaml(self) -> str:
+        """The whole config as `--config` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(config_type: type[Config], argv: list[str]) -> Config:
+    """Parse `[--config FILE.yaml] [--section.field value …]` into a `config_type`.
+
+    `--help` prints every field with its meaning and default, then exits. Raises ConfigError naming each wrong field,
+    what was expected and what came.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", metavar="FILE", help="YAML file with the fields; those given here go over it")
+    known, rest = own.parse_known_args(argv)
+    from_yaml = _read_yaml(known.config) if known.config else {}
+    try:
+        source: Any = CliSettingsSource(
+            config_type,
+            cli_prog_name=f"python -m {config_type.__module__} [--config FILE]",
+            cli_parse_args=rest,
+            cli_exit_on_error=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        )
+        return config_type(**_merge(from_yaml, source()))
+    except SettingsError as error:
+        raise ConfigError(f"command line: {error}; --help lists every field") from error
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """A validation error as one line per field: its path, what was expected, what came."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = ".".join(str(part) for part in problem["loc"]) or "config"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown field; --help lists those there are")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: required, but not given")
+        else:
+            lines.append(f"{path}: {problem['msg']}, got {problem['input']!r}")
+    return "\n".join(lines)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config: expected a YAML file, found none at {path!r}")
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not readable as YAML: {error}") from error
+    if fields is not None and not isinstance(fields, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of fields, got a {type(fields).__name__}")
+    return fields or {}
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, field by field; a list is replaced whole."""
+    merged = dict(below)
+    for name, value in above.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both_sections else value
+    return merged

@@ -1,0 +1,1 @@
+"""From a listing to batches: the manifest, encoded images, pixels, transforms."""

@@ -1,0 +1,290 @@
+"""Encoded bytes in, upright RGB pixels out; whatever is wrong with the bytes becomes an ImageError.
+
+JPEGs go through libjpeg-turbo behind torchvision's operator: a third faster than Pillow, and all of it outside the
+interpreter lock. Everything else goes through Pillow, PNG too: torchvision 0.29's PNG decoder dies of SIGSEGV on
+damaged pixel data.
+
+The operator is loaded from its shared library alone: importing torchvision costs as much again as torch (its detection
+operators import torch's compiler), and `torchvision.io` warns on every call that it will move to another package.
+"""
+
+import importlib.util
+import io
+import json
+import multiprocessing.connection
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pipeline.data.jpeg import read_jpeg_header
+from pipeline.errors import ImageError, RunError
+
+# Pillow warns about odd metadata, and about large images that `max_pixels` has already allowed.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Raster formats only. Pillow knows more, some of which start other programs (EPS) or hold images within images whose
+# size is seen too late (ICO).
+_PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP  |....ftyp", re.DOTALL
+)
+_HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
+
+
+def decode(data: bytes, *, max_pixels: int) -> torch.Tensor:
+    """Decode one image to RGB, as `PIL.Image.convert("RGB")` would, turned upright by its EXIF orientation.
+
+    Returns uint8 3×H×W, its memory in H×W×3 order. Transparency is dropped, not composited, as in torchvision's
+    reference pipelines; animations give their first frame; 16-bit samples their high byte; ICC profiles are ignored.
+
+    Raises ImageError at stage `decode`: `empty`, `not_an_image`, `too_many_pixels` and `no_pixels` (both before any
+    pixel is decoded; beyond JPEG, Pillow's own limit of 179 megapixels holds too), `truncated`, `corrupt`,
+    `unsupported`, `out_of_memory`. A JPEG without its end marker counts as truncated, since nothing else tells that its
+    last rows are there. Damage inside a JPEG's entropy-coded data that libjpeg conceals goes unnoticed, as in Pillow.
+    """
+    if not data:
+        raise _refusal("empty", "expected an encoded image, got no bytes")
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            return _decode_jpeg(data, max_pixels)
+        return _decode_with_pillow(data, max_pixels)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise nearly everything: OSError, SyntaxError, struct.error, RuntimeError …
+        raise _as_refusal(error) from error
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> torch.Tensor:
+    header = read_jpeg_header(data)
+    _check_size(header.width, header.height, max_pixels)
+    if header.num_components not in (1, 3):
+        return _decode_with_pillow(data, max_pixels)  # CMYK and YCCK, which Adobe stores inverted
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a tensor cannot wrap read-only bytes
+    return _upright(_torchvision_decode_jpeg(encoded, _RGB), header.orientation)
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> torch.Tensor:
+    try:
+        with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
+            _check_size(image.width, image.height, max_pixels)
+            pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
+            return _upright(pixels, _orientation(image))
+    except Image.DecompressionBombError as error:
+        raise _refusal("too_many_pixels", f"{error}") from error
+    except UnidentifiedImageError as error:
+        if _HEIF.match(data) and "HEIF" not in _pillow_formats():
+            raise _refusal("unsupported", "got HEIC, which needs the package pillow-heif: install it") from error
+        if _MAGIC.match(data):
+            raise _refusal("corrupt", "the header is damaged or cut short") from error
+        raise _refusal("not_an_image", f"expected an encoded image, got bytes that begin {data[:16]!r}") from error
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels as uint8 H×W×3."""
+    is_pgm = image.mode == "I" and image.format == "PPM"  # Pillow widens 16 bits to 32 here
+    if image.mode in ("I", "F", "LAB") and not is_pgm:
+        raise _refusal("unsupported", f"expected 8 or 16 bits a sample, got {image.format} of mode {image.mode!r}")
+    if image.mode.startswith("I"):
+        return np.repeat(_gray_from_16_bits(image)[:, :, None], 3, axis=2)
+    image.load()
+    image.info.pop("transparency", None)  # dropped here, or `convert` warns and then drops it
+    return np.array(image.convert("RGB"))
+
+
+def _gray_from_16_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """The high 8 bits of up to 16: `convert` would clip at 255. Pillow keeps TIFF's 12-bit samples and its
+    white-is-zero as they stand in the file.
+    """
+    tags = getattr(image, "tag_v2", {})
+    num_bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    gray: NDArray[np.uint8] = (np.array(image) >> (num_bits - 8)).astype(np.uint8)
+    is_white_zero = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return np.invert(gray) if is_white_zero else gray
+
+
+@cache
+def _pillow_formats() -> tuple[str, ...]:
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in (*_PILLOW_FORMATS, "HEIF") if name in Image.OPEN)
+
+
+def _load_torchvision_decode_jpeg() -> Callable[[torch.Tensor, int], torch.Tensor]:
+    package = importlib.util.find_spec("torchvision")
+    folders = (package.submodule_search_locations if package else None) or []
+    libraries = [path for folder in folders for path in Path(folder).glob("image*.so")]
+    if not libraries:
+        raise ImportError(f"expected torchvision's image decoders (image*.so) in {folders}, found none")
+    torch.ops.load_library(libraries[0])
+    return torch.ops.image.decode_jpeg.default
+
+
+_torchvision_decode_jpeg = _load_torchvision_decode_jpeg()
+
+
+# --- orientation and size --------------------------------------------------------------------------------------------
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken metadata does not make the pixels unusable
+        return 1
+
+
+def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
+    return pixels.flip(flipped) if flipped else pixels
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height == 0:
+        raise _refusal("no_pixels", f"expected at least one pixel, got {width}×{height}")
+    if width * height > max_pixels:
+        raise _refusal("too_many_pixels", f"expected at most {max_pixels} pixels, got {width}×{height}")
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _refusal(error: str, message: str) -> ImageError:
+    return ImageError("decode", error, message)
+
+
+def _as_refusal(error: Exception) -> ImageError:
+    """A decoder's exception as an ImageError whose message is the same for the same bytes, every time."""
+    if isinstance(error, MemoryError):
+        return _refusal("out_of_memory", "the decoder ran out of memory")
+    first_line = str(error).strip().partition("\n")[0]
+    said = re.sub(r"^.*\.cpp:\d+, |<.* at 0x\w+>", "", first_line)
+    is_cut = isinstance(error, EOFError) or "truncated" in said.lower()
+    return _refusal("truncated" if is_cut else "corrupt", f"{type(error).__name__}: {said}")
+
+
+# --- a process to risk -----------------------------------------------------------------------------------------------
+
+
+class IsolatedDecoder:
+    """Decodes one image at a time in a child process, which a crash, a hang or the OOM killer may take.
+
+    A context manager, for one thread at a time. The child serves image after image (it takes as long to start as torch
+    takes to import) and is replaced after its death; it ends with its parent, however that ends.
+    """
+
+    def __init__(self, *, timeout_s: float = 60.0) -> None:
+        self._timeout_s = timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def decode(self, data: bytes, *, max_pixels: int) -> torch.Tensor:
+        """The same pixels and refusals as `decode`, and two more of these: `crashed` and `timed_out`.
+
+        Raises RunError where no child can be started, which is not this image's fault.
+        """
+        if self._child is None:
+            self._start()
+        try:
+            self._connection.send_bytes(str(max_pixels).encode())
+            self._connection.send_bytes(data)
+            reply = json.loads(self._connection.recv_bytes())
+            pixels = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            raise self._bury() from None
+        except BaseException:  # interrupted half-way: the child's answer must not be taken for the next image's
+            self.close()
+            raise
+        if "error" in reply:
+            raise _refusal(reply["error"], reply["message"])
+        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(reply["shape"]).permute(2, 0, 1)
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        if self._child is not None:
+            self._connection.close()
+            self._child.kill()  # between two images it holds nothing
+            self._child.wait()
+            self._child = None
+
+    def _start(self) -> None:
+        self._connection, theirs = multiprocessing.connection.Pipe()
+        paths = [os.environ.get("PYTHONPATH", ""), *map(os.path.abspath, sys.path)]
+        command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(self._timeout_s)]
+        try:
+            self._child = subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # a job's own stdout ends in its summary
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a Ctrl-C is for the parent to act on
+            )
+        except OSError as error:
+            raise RunError(f"the isolated decoder did not start: {error}") from error
+        finally:
+            theirs.close()
+        try:
+            self._connection.recv_bytes()
+        except (EOFError, OSError):
+            message = self._bury().message
+            raise RunError(f"the isolated decoder did not start: {message}; its stderr says why") from None
+
+    def _bury(self) -> ImageError:
+        assert self._child is not None
+        code = self._child.wait()
+        self.close()
+        if code == -signal.SIGALRM:
+            return _refusal("timed_out", f"expected an image within {self._timeout_s:g} s, got none")
+        cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return _refusal("crashed", f"the decoder {cause}")
+
+
+def _serve(connection: "multiprocessing.connection.Connection", timeout_s: float) -> None:
+    """Answer requests until the parent is gone. The kernel's alarm ends a hang, even one that holds the interpreter."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):  # Linux only: of all processes here, the OOM killer shall take this one
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    connection.send_bytes(b"ready")
+    while True:
+        max_pixels = int(connection.recv_bytes())
+        data = connection.recv_bytes()
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        reply: dict[str, object]
+        try:
+            pixels = decode(data, max_pixels=max_pixels).permute(1, 2, 0).contiguous()
+            reply, payload = {"shape": pixels.shape}, pixels.view(-1).numpy().tobytes()
+        except ImageError as error:
+            reply, payload = {"error": error.error, "message": error.message}, b""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send_bytes(json.dumps(reply).encode())
+        connection.send_bytes(payload)
+
+
+if __name__ == "__main__":
+    with suppress(EOFError, OSError):  # the parent closed its end or died
+        _serve(multiprocessing.connection.Connection(int(sys.argv[1])), float(sys.argv[2]))

@@ -1,0 +1,102 @@
+"""From a shard to batches of pixels: fetch, decode and preprocess overlapped, in manifest order."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from pipeline import storage
+from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ImageError
+
+Decode: TypeAlias = Callable[[bytes], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images ready for the device.
+
+    `rows` are their positions in the shard; `pixels` holds one uint8 tensor N×3×H×W per preprocessing asked for.
+    """
+
+    rows: list[int]
+    pixels: list[torch.Tensor]
+
+
+@dataclass(slots=True)
+class LoadLog:
+    """What loading a shard left to tell: the images that failed, by row, and the seconds spent.
+
+    `fetch_s` is the time spent waiting for bytes, `decode_s` the decoding threads' time added up.
+    """
+
+    errors: dict[int, ImageError] = field(default_factory=dict)
+    fetch_s: float = 0.0
+    decode_s: float = 0.0
+
+
+def load_batches(
+    encoded: Iterable[bytes | ImageError],
+    decode: Decode,
+    preprocessings: Sequence[Preprocessing],
+    *,
+    batch_size: int,
+    num_threads: int,
+    log: LoadLog,
+) -> Iterator[Batch]:
+    """Batches of `batch_size` images (the last may be shorter) from the encoded images of one shard, in order.
+
+    Each image is decoded once, whatever the number of preprocessings. One that fails goes to `log.errors` and leaves no
+    gap: which images share a batch depends on the shard alone.
+    """
+
+    def load(item: bytes | ImageError) -> tuple[list[torch.Tensor] | ImageError, float]:
+        start = time.perf_counter()
+        pixels = item if isinstance(item, ImageError) else _decode_one(item, decode, preprocessings)
+        return pixels, time.perf_counter() - start
+
+    rows: list[int] = []
+    images: list[list[torch.Tensor]] = []
+    for row, (pixels, seconds) in enumerate(storage.map_concurrently(load, _timed(encoded, log), num_threads)):
+        log.decode_s += seconds
+        if isinstance(pixels, ImageError):
+            log.errors[row] = pixels
+            continue
+        rows.append(row)
+        images.append(pixels)
+        if len(rows) == batch_size:
+            yield _stack(rows, images)
+            rows, images = [], []
+    if rows:
+        yield _stack(rows, images)
+
+
+def _decode_one(
+    data: bytes, decode: Decode, preprocessings: Sequence[Preprocessing]
+) -> list[torch.Tensor] | ImageError:
+    try:
+        image = decode(data)
+        return [preprocessing.apply(image) for preprocessing in preprocessings]
+    except ImageError as error:
+        return error
+    except Exception as error:  # whatever one image does to a library is that image's
+        return ImageError("preprocess", "failed", f"expected an image to preprocess, got {type(error).__name__}")
+
+
+def _timed(encoded: Iterable[bytes | ImageError], log: LoadLog) -> Iterator[bytes | ImageError]:
+    iterator = iter(encoded)
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            log.fetch_s += time.perf_counter() - start
+        yield item
+
+
+def _stack(rows: list[int], images: list[list[torch.Tensor]]) -> Batch:
+    return Batch(rows, [torch.stack(pixels) for pixels in zip(*images, strict=True)])

@@ -1,0 +1,273 @@
+"""The Ray Data graph of a run: one row is one shard, in either of two forms.
+
+    fused   shards ──► actor: fetch, decode, predict, write ──► receipts            CPUs, small clusters
+    split   shards ──► CPU task: fetch, decode ──► actor: predict, write ──► receipts    many CPUs feeding a GPU
+
+The driver turns receipts into commits. Ray retries what dies; `ShardAttempts` counts the deaths, so that a shard that
+kills its process is retried with isolated decoding, and given up by name after three.
+"""
+
+import json
+import logging
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import storage
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.errors import RunError
+from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
+from pipeline.inference.layout import Layout, Node, choose_layout
+from pipeline.inference.plan import Model, Plan, PredictConfig, Run, make_plan, record_run
+from pipeline.inference.reconcile import reconcile
+from pipeline.tables.writing import table_uri
+from pipeline.telemetry import RunProgress
+
+MAX_DEATHS = 3
+_COMMITS_IN_FLIGHT = 16
+Row = dict[str, Any]
+Summary = dict[str, Any]
+
+
+class ShardAttempts:
+    """How often each shard was begun in this flow; one actor, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[tuple[str, int]] = Counter()
+
+    def begin(self, stage: str, shard_id: int) -> int:
+        """The number of this attempt at a stage of the shard, from 1."""
+        self._begun[stage, shard_id] += 1
+        return self._begun[stage, shard_id]
+
+
+def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]) -> Summary:
+    """One run from plan to summary, on a connected Ray of `nodes`; what earlier attempts committed is kept.
+
+    Raises ConfigError, RunError, StorageError, and ReconcileError where the images do not add up in the end.
+    """
+    start = time.monotonic()
+    layout = choose_layout(nodes, config.compute, manifest.num_shards)
+    plan = make_plan(config, manifest, models, device=layout.device, num_threads=max(1, layout.cpus_per_actor))
+    if config.dry_run:
+        return {"status": "dry run", **_describe(plan, layout)}
+    record_run(plan, config)
+    images_per_s = _run_and_commit(plan, layout, config.progress_interval_s)
+    tables = {name: table_uri(plan.run.output_uri, name, plan.run.run_id) for name in plan.run.table_names}
+    for folder in (plan.run.uri, *tables.values()):
+        storage.sweep_temporary_files(folder)
+    totals = reconcile(plan.run, read_receipts(plan.run.uri, committed_shard_ids(plan.run.uri)))
+    duration_s = time.monotonic() - start
+    summary = {
+        "status": "done" if plan.num_pending else "was done",
+        **_describe(plan, layout),
+        **totals.as_dict(),
+        "images_per_s": images_per_s,
+        "duration_s": round(duration_s, 1),
+        "tables": tables,
+    }
+    storage.write(storage.join(plan.run.uri, "summary.json"), json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _run_and_commit(plan: Plan, layout: Layout, progress_interval_s: float) -> float:
+    """Do what is pending; the images per second of this attempt, actors' start included."""
+    num_images = plan.run.num_images
+    num_done = num_images - sum(shard.num_images for shard in plan.pending_shards())
+    with (
+        RunProgress(num_images=num_images, num_done=num_done, interval_s=progress_interval_s) as progress,
+        ThreadPoolExecutor(_COMMITS_IN_FLIGHT, thread_name_prefix="commit") as pool,
+    ):
+        commits: deque[Future[None]] = deque()
+        for receipt in run_shards(plan, layout):
+            commits.append(pool.submit(commit, plan.run.uri, receipt))
+            while len(commits) > _COMMITS_IN_FLIGHT or (commits and commits[0].done()):
+                commits.popleft().result()
+            progress.update(num_images=receipt.num_images, num_errors=receipt.num_errors, seconds=receipt.seconds)
+        for pending in commits:
+            pending.result()
+        rate: float = progress.status()["images_per_s"]
+        return rate
+
+
+def _describe(plan: Plan, layout: Layout) -> Summary:
+    return {
+        "run_id": plan.run.run_id,
+        "output": plan.run.output_uri,
+        "models": [model.name for model in plan.run.models],
+        "num_images": plan.run.num_images,
+        "num_shards": plan.run.num_shards,
+        "num_pending": plan.num_pending,
+        "batch_size": plan.run.batch_size,
+        "layout": asdict(layout),
+    }
+
+
+def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
+    """Receipts of the plan's pending shards, as they are written, in no particular order.
+
+    Needs a connected Ray. Raises RunError where a shard kills its process `MAX_DEATHS` times, or work on it fails.
+    """
+    _configure_ray_data()
+    shards = [{"shard": json.dumps(asdict(shard))} for shard in plan.pending_shards()]
+    if not shards:
+        return
+    num_actors = min(layout.num_actors, len(shards))
+    attempts = _start_attempts()
+    dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
+    worker = {"run": plan.run, "attempts": attempts}
+    if layout.form == "split":
+        dataset = dataset.map_batches(decode_shard, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
+    dataset = dataset.map_batches(
+        PredictSplit if layout.form == "split" else PredictFused,
+        fn_constructor_kwargs=worker,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=layout.cpus_per_actor,
+        num_gpus=layout.gpus_per_actor or None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors, initial_size=num_actors),
+    )
+    yield from _receipts(dataset)
+
+
+def _receipts(dataset: ray.data.Dataset) -> Iterator[Receipt]:
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            for text in batch["receipt"].to_pylist():
+                yield Receipt.from_json(text)
+    except Exception as error:  # Ray's and Ray Data's own have no common base
+        raise RunError(_cause(error)) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What a worker raised: Ray tells it as text only, wrapped in its own exceptions and their tracebacks."""
+    raised = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    ours = [line for line in raised if line.startswith("pipeline.errors.")]
+    if ours:
+        return ours[-1].partition(": ")[2]
+    logging.getLogger(__name__).error("a worker failed: %s", error)  # unforeseen, so the traceback is wanted
+    return ([line for line in raised if not line.startswith("ray.")] or [str(error)])[-1]
+
+
+class PredictFused:
+    """An actor that takes a shard from fetch to written tables, batches streaming inside."""
+
+    def __init__(self, run: Run, attempts: Any) -> None:
+        from pipeline.inference.predictor import Predictor
+
+        self._run, self._attempts = run, attempts
+        self._manifest = _open_unchanged(run)
+        self._predictor = Predictor(run)
+
+    def __call__(self, rows: Row) -> Row:
+        from pipeline.data.loader import LoadLog
+        from pipeline.inference.shard import load_shard, predict_shard
+
+        shard = _shard_of(rows)
+        attempt = _begin(self._attempts, "all", shard)
+        log = LoadLog()
+        batches = load_shard(
+            self._run,
+            self._manifest,
+            shard,
+            self._predictor.preprocessings,
+            num_threads=self._run.num_threads,
+            isolated=attempt > 1,
+            log=log,
+        )
+        receipt = predict_shard(self._run, self._manifest, shard, batches, self._predictor, log=log, attempt=attempt)
+        return _receipt_row(receipt)
+
+
+def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
+    """A CPU task that fetches and decodes a shard to one uint8 block per preprocessing."""
+    from pipeline.data.loader import LoadLog
+    from pipeline.inference.predictor import distinct_preprocessings
+    from pipeline.inference.shard import DecodedShard, load_shard
+    from pipeline.models.bundle import Bundle
+
+    shard = _shard_of(rows)
+    attempt = _begin(attempts, "decode", shard)
+    log = LoadLog()
+    preprocessings = distinct_preprocessings([Bundle.load(model.uri) for model in run.models])
+    manifest = _open_unchanged(run)
+    batches = load_shard(run, manifest, shard, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
+    return DecodedShard.gather(shard, attempt, list(batches), preprocessings, log).to_row()
+
+
+class PredictSplit:
+    """An actor that predicts and writes shards that tasks have decoded."""
+
+    def __init__(self, run: Run, attempts: Any) -> None:
+        from pipeline.inference.predictor import Predictor
+
+        self._run, self._attempts = run, attempts
+        self._manifest = _open_unchanged(run)
+        self._predictor = Predictor(run)
+
+    def __call__(self, rows: Row) -> Row:
+        from pipeline.inference.shard import DecodedShard, predict_shard
+
+        decoded = DecodedShard.from_row(rows)
+        _begin(self._attempts, "predict", decoded.shard)
+        receipt = predict_shard(
+            self._run,
+            self._manifest,
+            decoded.shard,
+            decoded.batches(self._run.batch_size),
+            self._predictor,
+            log=decoded.log,
+            attempt=decoded.attempt,
+        )
+        return _receipt_row(receipt)
+
+
+def _open_unchanged(run: Run) -> Manifest:
+    manifest = Manifest.open(run.manifest_uri)
+    if manifest.digest != run.manifest_digest:
+        raise RunError(f"{run.manifest_uri}: expected the manifest the run began with, found another in its place")
+    return manifest
+
+
+def _receipt_row(receipt: Receipt) -> Row:
+    here = ray.get_runtime_context().get_node_id()
+    return {"receipt": np.array([replace(receipt, node=here).to_json()], dtype=object)}
+
+
+def _begin(attempts: Any, stage: str, shard: Shard) -> int:
+    attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
+    if attempt > MAX_DEATHS:
+        raise RunError(
+            f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
+            "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller compute.batch_size, fewer "
+            "actors) or lost nodes, then run again"
+        )
+    return attempt
+
+
+def _start_attempts() -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(ShardAttempts).options(**options).remote()
+
+
+def _shard_of(rows: Row) -> Shard:
+    return Shard(**json.loads(rows["shard"][0]))
+
+
+def _configure_ray_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a large shard on a slow actor may take longer than any limit
+    context.max_consecutive_actor_init_deaths = MAX_DEATHS  # a node lost while its actor loads is no reason to stop
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,0 +1,91 @@
+"""From a cluster's resources to actors: their number, size and the graph's form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import ConfigError
+from pipeline.inference.plan import ComputeConfig, Device
+
+_MOST_CPUS_PER_ACTOR = 4  # a ResNet's forward pass scales little beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one node of the cluster offers."""
+
+    cpus: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a run spreads over the cluster."""
+
+    form: Literal["fused", "split"]
+    device: Device
+    num_actors: int
+    cpus_per_actor: int
+    gpus_per_actor: int
+
+
+def choose_device(nodes: Sequence[Node], compute: ComputeConfig) -> Device:
+    """The device of the networks. Raises ConfigError where `cuda` is asked of a cluster without GPUs."""
+    has_gpus = any(node.gpus for node in nodes)
+    if compute.device == "cuda" and not has_gpus:
+        raise ConfigError("compute.device: cuda asked for, but no node of the cluster has a GPU; use cpu or auto")
+    if compute.device == "auto":
+        return "cuda" if has_gpus else "cpu"
+    return compute.device
+
+
+def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
+    """The layout that fits the cluster, never more actors than shards.
+
+    Raises ConfigError where it cannot fit, saying what was asked and what there is: Ray would wait for ever.
+    """
+    device = choose_device(nodes, compute)
+    return _on_gpus(nodes, compute, num_shards) if device == "cuda" else _on_cpus(nodes, compute, num_shards)
+
+
+def _on_cpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
+    smallest = min((node.cpus for node in nodes if node.cpus), default=0)
+    form = "fused" if compute.form == "auto" else compute.form
+    total = sum(node.cpus for node in nodes)
+    size = compute.cpus_per_actor or max(1, min(smallest, _MOST_CPUS_PER_ACTOR, total - (form == "split")))
+    fitting = sum(node.cpus // size for node in nodes)
+    if form == "split":
+        fitting = _leaving_one_cpu(fitting, size, total)
+    return Layout(form, "cpu", _num_actors(fitting, compute, num_shards, f"{size} CPUs each", nodes), size, 0)
+
+
+def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    form = compute.form
+    if form == "auto":
+        form = "split" if cpus >= 2 * gpus else "fused"
+    # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
+    share = 0 if form == "split" else max(1, min(node.cpus // node.gpus for node in nodes if node.gpus))
+    size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
+    fitting = sum(min(node.gpus, node.cpus // size if size else node.gpus) for node in nodes)
+    if form == "split":
+        fitting = _leaving_one_cpu(fitting, size, cpus)
+    return Layout(
+        form, "cuda", _num_actors(fitting, compute, num_shards, f"1 GPU and {size} CPUs each", nodes), size, 1
+    )
+
+
+def _leaving_one_cpu(fitting: int, size: int, cpus: int) -> int:
+    """How many of `fitting` actors leave a CPU for the tasks that decode for them; without one all would wait."""
+    return min(fitting, (cpus - 1) // size) if size else fitting * (cpus > 0)
+
+
+def _num_actors(fitting: int, compute: ComputeConfig, num_shards: int, each: str, nodes: Sequence[Node]) -> int:
+    wanted = compute.actors or 1
+    if fitting < wanted:
+        there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
+        raise ConfigError(
+            f"compute: {wanted} actors of {each} do not fit this cluster, {fitting} do (nodes: {there}); "
+            "lower compute.actors or compute.cpus_per_actor, use compute.form fused, or add nodes"
+        )
+    return max(1, min(compute.actors or fitting, num_shards))

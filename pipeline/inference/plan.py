@@ -1,0 +1,298 @@
+"""What a run is, and what of it is still to do: plan = manifest − commits."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline import storage
+from pipeline.config import JobConfig, Section, describe
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
+from pipeline.inference.commit import committed_shard_ids, run_uri
+from pipeline.models import registry
+from pipeline.models.bundle import Bundle
+from pipeline.tables.schemas import TABLES, EmbeddingType, TableName
+
+Device = Literal["cpu", "cuda"]
+
+
+class TablesConfig(Section):
+    """Which tables a run writes, and how."""
+
+    names: list[Literal["predictions", "embeddings"]] = Field(["predictions"], min_length=1)
+    """Tables to write, any of predictions and embeddings; `errors` is always written."""
+
+    @field_validator("names")
+    @classmethod
+    def _each_once(cls, names: list[TableName]) -> list[TableName]:
+        return [name for name in TABLES if name in names]
+
+    top_k: int = Field(5, ge=1)
+    """How many classes with scores a prediction lists (fewer where the model has fewer)."""
+    embedding_type: EmbeddingType = "float32"
+    """Element type of the embeddings."""
+    l2_normalise: bool = False
+    """Scale each embedding to unit length."""
+
+
+class ImagesConfig(Section):
+    """How images are read."""
+
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Images with more pixels than this are refused before they are decoded."""
+    allowed_roots: list[str] = Field([f"{scheme}://" for scheme in storage.SCHEMES], min_length=1)
+    """URI prefixes the manifest's images may lie under; others become `fetch/not_allowed` errors."""
+
+    @field_validator("allowed_roots")
+    @classmethod
+    def _in_one_spelling(cls, roots: list[str]) -> list[str]:
+        return [root if root.endswith("://") else storage.normalise(root) for root in roots]
+
+    fetch_concurrency: int = Field(32, ge=1, le=512)
+    """Requests in flight per actor."""
+    max_bytes: int = Field(1 << 30, ge=1)
+    """Objects larger than this, in bytes, are refused before they are fetched."""
+    accept_lost_shards: bool = False
+    """Make error rows of a shard none of whose images can be fetched; else that stops the run: a folder that is not
+    mounted or a key that was withdrawn looks just so."""
+    max_storage_errors: int = Field(10, ge=0)
+    """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
+    gone on with when the store is back; fewer become rows of the errors table."""
+
+
+class ComputeConfig(Section):
+    """Where the work runs; found from the cluster unless set."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the networks; auto takes GPUs where the cluster has any."""
+    form: Literal["auto", "fused", "split"] = "auto"
+    """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per forward pass; unset: 32 on CPUs, 256 on GPUs. A resumed run keeps the one it began with."""
+    actors: int | None = Field(None, ge=1)
+    """Number of actors; unset: as many as fit."""
+    cpus_per_actor: int | None = Field(None, ge=1)
+    """CPUs of one actor; unset: the smallest node's, at most 4."""
+
+
+class PredictConfig(JobConfig):
+    """Classify and embed every image of a manifest, shard by shard, into Parquet tables; run it again to resume."""
+
+    manifest: str
+    """URI of the manifest (made by jobs.manifest)."""
+    output: str
+    """URI below which the tables and the run's records are written."""
+    bundles: list[str] = Field(min_length=1)
+    """Bundles, all in one pass over one decode: name, name/version or name@alias in the registry, or a bundle's URI."""
+    registry: str | None = None
+    """URI of the registry that names of bundles are looked up in."""
+    run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run; unset: derived from manifest, bundles and tables, so that the same command is the same run."""
+    tables: TablesConfig = TablesConfig()
+    """Which tables, and how."""
+    images: ImagesConfig = ImagesConfig()
+    """How images are read."""
+    compute: ComputeConfig = ComputeConfig()
+    """Where the work runs."""
+    dry_run: bool = False
+    """Print the plan and touch nothing."""
+    progress_interval_s: float = Field(5.0, gt=0)
+    """Seconds between progress lines where standard error is no terminal."""
+
+
+class Model(BaseModel):
+    """A bundle as a run refers to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str
+    """`name/version`, as in the tables' `model` column."""
+    uri: str
+    digest: str
+    embedding_size: int
+    preprocessing_digest: str
+
+
+class Run(BaseModel):
+    """All that decides what a run writes; kept as `plan.json`, and the same at every resume."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    manifest_uri: str
+    manifest_digest: str
+    num_images: int
+    num_shards: int
+    output_uri: str
+    models: tuple[Model, ...]
+    tables: TablesConfig
+    images: ImagesConfig
+    device: Device
+    batch_size: int
+    num_threads: int
+    """Of torch, per actor: sums are ordered by it, so it decides the last bits and stays for the whole run."""
+
+    @property
+    def uri(self) -> str:
+        """Where the run's records lie."""
+        return run_uri(self.output_uri, self.run_id)
+
+    @property
+    def table_names(self) -> list[TableName]:
+        """The tables it writes."""
+        return [*self.tables.names, "errors"]
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """What the tables' schema metadata tells of their origin."""
+        return {
+            "manifest_digest": self.manifest_digest,
+            "models": json.dumps({model.name: model.digest for model in self.models}),
+            "preprocessing": json.dumps({model.name: model.preprocessing_digest for model in self.models}),
+            "embedding_size": json.dumps({model.name: model.embedding_size for model in self.models}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run and what of it is still to do."""
+
+    run: Run
+    manifest: Manifest
+    committed: set[int]
+
+    @property
+    def num_pending(self) -> int:
+        return self.run.num_shards - len(self.committed)
+
+    def pending_shards(self) -> Iterator[Shard]:
+        """The shards without a commit, in manifest order."""
+        return (shard for shard in self.manifest.shards() if shard.shard_id not in self.committed)
+
+
+def resolve_inputs(config: PredictConfig) -> tuple[Manifest, tuple[Model, ...]]:
+    """The manifest and the bundles a config names, read and checked. Raises ConfigError, ManifestError, BundleError."""
+    models = tuple(_resolve_model(reference, config.registry) for reference in config.bundles)
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"bundles: expected different ones, got {', '.join(names)}")
+    return Manifest.open(storage.normalise(config.manifest)), models
+
+
+def make_plan(
+    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], *, device: Device, num_threads: int
+) -> Plan:
+    """The plan of `config` on `device`: a new run's, or what an earlier attempt left over. Writes nothing.
+
+    A run keeps the number of torch threads it began with, whatever the cluster offers now.
+
+    Raises ConfigError where the run exists with another config, naming the fields.
+    """
+    run = _describe_run(config, manifest, models, device, num_threads)
+    earlier = _read_run(run.uri)
+    if earlier is None:
+        return Plan(run, manifest, committed=set())
+    kept = {"num_threads": earlier.num_threads}
+    if config.compute.batch_size is None:
+        kept["batch_size"] = earlier.batch_size
+    run = run.model_copy(update=kept)
+    _refuse_change(earlier, run)
+    return Plan(run, manifest, committed_shard_ids(run.uri))
+
+
+def record_run(plan: Plan, config: PredictConfig) -> None:
+    """Write the run's `config.yaml` and `plan.json`, unless an attempt before did. Raises ConfigError, StorageError."""
+    if _read_run(plan.run.uri) is None:
+        storage.write(storage.join(plan.run.uri, "config.yaml"), config.to_yaml().encode())
+    try:
+        storage.write(_plan_uri(plan.run.uri), plan.run.model_dump_json(indent=1).encode(), if_absent=True)
+    except ObjectExistsError:
+        earlier = _read_run(plan.run.uri)
+        assert earlier is not None
+        _refuse_change(earlier, plan.run)
+
+
+def read_run(output_uri: str, run_id: str) -> Run:
+    """The run as recorded. Raises ConfigError where there is none, naming the runs there are."""
+    run = _read_run(run_uri(output_uri, run_id))
+    if run is None:
+        known = list_run_ids(output_uri)
+        raise ConfigError(f"expected run {run_id!r} under {output_uri!r}, found {', '.join(known) or 'no run at all'}")
+    return run
+
+
+def list_run_ids(output_uri: str) -> list[str]:
+    """The runs under an output, by name."""
+    return storage.list_folders(storage.join(output_uri, "_runs"))
+
+
+def _describe_run(
+    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], device: Device, num_threads: int
+) -> Run:
+    identity = json.dumps(
+        [
+            manifest.digest,
+            [[model.name, model.digest] for model in models],
+            config.tables.model_dump(),
+            config.images.max_pixels,
+        ]
+    )
+    return Run(
+        run_id=config.run_id or hashlib.sha256(identity.encode()).hexdigest()[:12],
+        manifest_uri=manifest.uri,
+        manifest_digest=manifest.digest,
+        num_images=manifest.num_images,
+        num_shards=manifest.num_shards,
+        output_uri=storage.normalise(config.output),
+        models=models,
+        tables=config.tables,
+        images=config.images,
+        device=device,
+        batch_size=config.compute.batch_size or (256 if device == "cuda" else 32),
+        num_threads=num_threads,
+    )
+
+
+def _resolve_model(reference: str, registry_uri: str | None) -> Model:
+    uri = registry.resolve(registry_uri, reference)
+    bundle = Bundle.load(uri)
+    return Model(
+        name=f"{bundle.name}/{bundle.version}",
+        uri=uri,
+        digest=bundle.digest,
+        embedding_size=bundle.embedding_size,
+        preprocessing_digest=bundle.preprocessing.digest,
+    )
+
+
+def _read_run(uri: str) -> Run | None:
+    try:
+        return Run.model_validate_json(storage.read(_plan_uri(uri)))
+    except ObjectNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ConfigError(f"{_plan_uri(uri)}: not a plan of this version:\n{describe(error)}") from error
+
+
+def _refuse_change(earlier: Run, now: Run) -> None:
+    """Fields that decide the tables' bytes must be those it began with; places and how hard to fetch may change."""
+    before, after = _deciding_fields(earlier), _deciding_fields(now)
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        lines = "\n".join(f"{name}: began with {before[name]!r}, now {after[name]!r}" for name in changed)
+        raise ConfigError(f"run {now.run_id!r} began otherwise; go back to that, or set another run_id:\n{lines}")
+
+
+def _deciding_fields(run: Run) -> dict[str, Any]:
+    fields = run.model_dump(exclude={"manifest_uri"})
+    fields["models"] = [model.model_dump(exclude={"uri"}) for model in run.models]
+    fields["images"] = run.images.model_dump(exclude={"fetch_concurrency", "max_storage_errors", "accept_lost_shards"})
+    return fields
+
+
+def _plan_uri(uri: str) -> str:
+    return storage.join(uri, "plan.json")

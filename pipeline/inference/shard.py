@@ -1,0 +1,180 @@
+"""The work on one shard, start to receipt; knows nothing of where it runs.
+
+fetch + decode ──► `DecodedShard` or a stream of batches ──► `Predictor` ──► tables ──► files ──► `Receipt`
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.data import images as image_data
+from pipeline.data.loader import Batch, LoadLog, load_batches
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.readers import read_shard
+from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ImageError, StorageError
+from pipeline.inference.commit import Receipt
+from pipeline.inference.outputs import ShardOutputs, build_tables
+from pipeline.inference.plan import Run
+from pipeline.inference.predictor import Predictor
+from pipeline.tables.writing import write_shard
+
+
+def load_shard(
+    run: Run,
+    manifest: Manifest,
+    shard: Shard,
+    preprocessings: Sequence[Preprocessing],
+    *,
+    num_threads: int,
+    isolated: bool,
+    log: LoadLog,
+) -> Iterator[Batch]:
+    """Batches of one shard's images, fetched, decoded and preprocessed `num_threads` at a time.
+
+    `isolated` decodes each image in a child process, so that one that kills its decoder is named and harms no other.
+    Raises StorageError where more images than the run allows are lost to a failing store, and where all of several are
+    gone or denied.
+    """
+    encoded = read_shard(
+        shard,
+        manifest.images(shard),
+        allowed_roots=run.images.allowed_roots,
+        max_bytes=run.images.max_bytes,
+        concurrency=run.images.fetch_concurrency,
+    )
+    with ExitStack() as stack:
+        decode = image_data.decode
+        if isolated:
+            decode = stack.enter_context(image_data.IsolatedDecoder()).decode
+        yield from load_batches(
+            _refusing_outages(run, shard, encoded),
+            partial(decode, max_pixels=run.images.max_pixels),
+            preprocessings,
+            batch_size=run.batch_size,
+            num_threads=1 if isolated else num_threads,
+            log=log,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedShard:
+    """A shard between the two stages of the split form.
+
+    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×3×H×W per preprocessing.
+    """
+
+    shard: Shard
+    attempt: int
+    rows: npt.NDArray[np.int64]
+    pixels: list[npt.NDArray[np.uint8]]
+    log: LoadLog
+
+    @classmethod
+    def gather(
+        cls, shard: Shard, attempt: int, batches: list[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
+    ) -> "DecodedShard":
+        """One block per preprocessing out of the shard's batches."""
+        rows = np.array([row for batch in batches for row in batch.rows], np.int64)
+        pixels = [
+            np.concatenate([batch.pixels[index].numpy() for batch in batches])
+            if batches
+            else np.empty((0, 3, preprocessing.crop_size, preprocessing.crop_size), np.uint8)
+            for index, preprocessing in enumerate(preprocessings)
+        ]
+        return cls(shard, attempt, rows, pixels, log)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The batches that the fused form would have made."""
+        for start in range(0, len(self.rows), batch_size):
+            part = slice(start, start + batch_size)
+            # torch has no read-only tensors; the copy is one batch, and the store's pages stay untouched
+            yield Batch(self.rows[part].tolist(), [torch.from_numpy(pixels[part].copy()) for pixels in self.pixels])
+
+    def to_row(self) -> dict[str, npt.NDArray[np.generic] | list[object]]:
+        """As a Ray Data batch of one row; pixels stay one buffer that the next stage reads in place."""
+        log = {
+            "fetch_s": self.log.fetch_s,
+            "decode_s": self.log.decode_s,
+            "errors": {row: [error.stage, error.error, error.message] for row, error in self.log.errors.items()},
+        }
+        head = json.dumps({"shard": asdict(self.shard), "attempt": self.attempt, "log": log})
+        columns = {f"pixels_{index}": pixels[None] for index, pixels in enumerate(self.pixels)}
+        return {"head": np.array([head], object), "rows": self.rows[None], **columns}
+
+    @classmethod
+    def from_row(cls, row: dict[str, npt.NDArray[np.generic]]) -> "DecodedShard":
+        """What `to_row` made."""
+        head = json.loads(str(row["head"][0]))
+        errors = {int(index): ImageError(*error) for index, error in head["log"].pop("errors").items()}
+        pixels = [np.asarray(row[f"pixels_{index}"][0], np.uint8) for index in range(len(row) - 2)]
+        rows = np.asarray(row["rows"][0], np.int64)
+        return cls(Shard(**head["shard"]), head["attempt"], rows, pixels, LoadLog(errors, **head["log"]))
+
+
+def predict_shard(
+    run: Run,
+    manifest: Manifest,
+    shard: Shard,
+    batches: Iterable[Batch],
+    predictor: Predictor,
+    *,
+    log: LoadLog,
+    attempt: int = 1,
+) -> Receipt:
+    """Predict the batches, write the shard's table files, return the receipt. Raises StorageError."""
+    start = time.perf_counter()
+    predict_s = 0.0
+    outputs = ShardOutputs(log.errors)
+    for batch in batches:
+        batch_start = time.perf_counter()
+        outputs.add(batch.rows, predictor(batch.pixels))
+        predict_s += time.perf_counter() - batch_start
+    write_start = time.perf_counter()
+    tables = build_tables(run, manifest.images(shard), predictor, outputs)
+    files = write_shard(run.output_uri, run.run_id, shard.shard_id, tables)
+    end = time.perf_counter()
+    return Receipt(
+        shard_id=shard.shard_id,
+        num_images=shard.num_images,
+        num_predicted=outputs.num_predicted,
+        num_errors=len(log.errors),
+        errors=dict(sorted(Counter(f"{error.stage}/{error.error}" for error in log.errors.values()).items())),
+        files=files,
+        seconds={
+            "fetch": round(log.fetch_s, 4),
+            "decode": round(log.decode_s, 4),
+            "predict": round(predict_s, 4),
+            "write": round(end - write_start, 4),
+            "total": round(end - start, 4),
+        },
+        attempt=attempt,
+    )
+
+
+def _refusing_outages(run: Run, shard: Shard, encoded: Iterator[bytes | ImageError]) -> Iterator[bytes | ImageError]:
+    """`encoded`, ended by StorageError where it looks like a store that is down or shut rather than like bad images."""
+    most = min(run.images.max_storage_errors, shard.num_images - 1)
+    kinds: Counter[str] = Counter()
+    for item in encoded:
+        if isinstance(item, ImageError):
+            kinds[item.error] += 1
+            if kinds["storage_error"] > most:
+                raise StorageError(
+                    f"shard {shard.shard_id}: expected at most {most} images lost to a failing store, got more, e.g. "
+                    f"{item.message}. Nothing of the shard is committed: run again when it is back"
+                )
+        yield item
+    if kinds["not_found"] + kinds["access_denied"] == shard.num_images > 1 and not run.images.accept_lost_shards:
+        raise StorageError(
+            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({dict(kinds)}). Is the "
+            "folder mounted, the key valid? Run again then, or with images.accept_lost_shards to make them error rows"
+        )

@@ -1,0 +1,89 @@
+"""Many requests at once, in order and a bounded way ahead of whoever takes their results."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_END = object()
+_ITEMS_AHEAD = 4  # of each source
+
+
+def map_concurrently(function: Callable[[T], R], items: Iterable[T], concurrency: int = 32) -> Iterator[R]:
+    """`function` over `items` in `concurrency` threads, results in order, at most twice that many items ahead.
+
+    For requests that wait on a store. An exception is raised at its item's turn.
+    """
+    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="storage")
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 2 * concurrency:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def chain_ahead(sources: Iterable[Callable[[], Iterator[T]]], concurrency: int) -> Iterator[T]:
+    """The items of all `sources` in order, `concurrency` of the sources a few items ahead of the reader.
+
+    An exception is raised at its item's turn. No thread outlives the iterator.
+    """
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="listing")
+    started: deque[queue.Queue[Any]] = deque()
+    waiting = iter(sources)
+
+    def start_next(count: int) -> None:
+        for source in islice(waiting, count):
+            started.append(queue.Queue(maxsize=_ITEMS_AHEAD))
+            pool.submit(_drain, source, started[-1], stop)
+
+    try:
+        start_next(concurrency)
+        while started:  # each has a thread of its own, so a full queue elsewhere cannot block the reader
+            yield from _taken(started.popleft())
+            start_next(1)
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drain(source: Callable[[], Iterator[T]], into: "queue.Queue[Any]", stop: threading.Event) -> None:
+    """Put the source's items into the queue, then `_END` or the exception it ended with; give up at `stop`."""
+
+    def items() -> Iterator[Any]:
+        try:
+            yield from source()
+            yield _END
+        except Exception as error:
+            yield error
+
+    for item in items():
+        while not _put(into, item):
+            if stop.is_set():
+                return
+
+
+def _put(into: "queue.Queue[Any]", item: Any) -> bool:
+    with suppress(queue.Full):
+        into.put(item, timeout=0.2)
+        return True
+    return False
+
+
+def _taken(items: "queue.Queue[Any]") -> Iterator[Any]:
+    while (item := items.get()) is not _END:
+        if isinstance(item, Exception):
+            raise item
+        yield item

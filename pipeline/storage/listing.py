@@ -1,0 +1,114 @@
+"""Listing what lies below a prefix, in a fixed order and without holding it all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+from pipeline.storage.concurrency import chain_ahead
+from pipeline.storage.names import TEMPORARY_SUFFIX, split
+from pipeline.storage.objects import ObjectInfo, clean_etag, file_etag
+from pipeline.storage.stores import filesystem, translated
+
+
+class Page(NamedTuple):
+    """Part of one folder: objects in order, and the paths of folders right below it."""
+
+    objects: list[ObjectInfo]
+    folders: list[str]
+
+
+def list_objects(uri: str, *, concurrency: int = 16) -> Iterator[ObjectInfo]:
+    """Every object below `uri`, streamed in a fixed order: a folder's own objects, then its folders by name.
+
+    The first level's folders are listed in parallel, at most `concurrency` at a time and a few pages ahead each, so
+    memory does not grow with the number of objects. Folder placeholders (empty names ending in `/`) are left out, and
+    so are temporary files. An empty or absent prefix yields nothing; an absent bucket raises ObjectNotFoundError.
+    Raises AccessDeniedError, StorageError.
+    """
+    scheme, path = split(uri)
+    if scheme == "file" and not os.path.isdir(path):
+        return
+    with translated(uri):
+        folders: list[str] = []
+        for page in _level(scheme, path):
+            yield from page.objects
+            folders += page.folders
+        for objects in chain_ahead([partial(_list_deeply, scheme, folder) for folder in sorted(folders)], concurrency):
+            yield from objects
+
+
+def list_folders(uri: str) -> list[str]:
+    """The names of the folders right below `uri`, in order; none where it is absent. Raises as `list_objects`."""
+    scheme, path = split(uri)
+    if scheme == "file" and not os.path.isdir(path):
+        return []
+    with translated(uri):
+        folders = [folder for page in _level(scheme, path) for folder in page.folders]
+    return sorted(folder.removesuffix("/").rpartition("/")[2] for folder in folders)
+
+
+def _level(scheme: str, path: str) -> Iterator[Page]:
+    """The folder at `path`, without what lies deeper."""
+    if scheme == "file":
+        return _pages_of_files(path)
+    return _pages_of_s3(path, "/") if scheme == "s3" else _pages_of_fsspec(scheme, path)
+
+
+def _list_deeply(scheme: str, path: str) -> Iterator[list[ObjectInfo]]:
+    if scheme == "s3":
+        yield from (page.objects for page in _pages_of_s3(path, ""))
+        return
+    folders: list[str] = []
+    for page in _level(scheme, path):
+        yield page.objects
+        folders += page.folders
+    for folder in sorted(folders):
+        yield from _list_deeply(scheme, folder)
+
+
+def _pages_of_files(path: str) -> Iterator[Page]:
+    page = Page([], [])
+    with os.scandir(path) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if entry.is_dir():
+            if not entry.is_symlink():  # a link to a folder may close a circle
+                page.folders.append(entry.path)
+        elif not (entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX)):
+            with suppress(FileNotFoundError):  # gone since, or a dangling link
+                status = entry.stat()
+                page.objects.append(ObjectInfo(f"file://{entry.path}", status.st_size, file_etag(status)))
+    yield page
+
+
+def _pages_of_s3(path: str, delimiter: str) -> Iterator[Page]:
+    bucket, _, prefix = path.partition("/")
+    prefix += "/" if prefix and not prefix.endswith("/") else ""  # "a//" is a folder of its own, below "a/"
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
+    while True:
+        answer = filesystem("s3").call_s3("list_objects_v2", **request)
+        yield Page(
+            [
+                ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], clean_etag(entry["ETag"]))
+                for entry in answer.get("Contents", [])
+                if entry["Size"] or not entry["Key"].endswith("/")
+            ],
+            [f"{bucket}/{common['Prefix']}" for common in answer.get("CommonPrefixes", [])],
+        )
+        if not answer.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _pages_of_fsspec(scheme: str, path: str) -> Iterator[Page]:
+    page = Page([], [])
+    with suppress(FileNotFoundError):
+        for entry in sorted(filesystem(scheme).ls(path, detail=True), key=lambda entry: str(entry["name"])):
+            name = entry["name"] if scheme != "memory" else entry["name"].lstrip("/")
+            if entry["type"] == "directory":
+                page.folders.append(name)
+            else:
+                page.objects.append(ObjectInfo(f"{scheme}://{name}", entry["size"], clean_etag(entry.get("etag"))))
+    yield page

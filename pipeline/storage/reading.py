@@ -1,0 +1,139 @@
+"""Reading objects: whole, in ranges, or as a seekable file."""
+
+import io
+import os
+import stat
+from contextlib import suppress
+from typing import IO, Any
+
+import fsspec.asyn
+import obstore
+
+from pipeline.errors import ObjectNotFoundError, StorageError
+from pipeline.storage.names import split
+from pipeline.storage.objects import ObjectInfo, StoredObject, clean_etag, file_etag
+from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
+
+
+def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The object's bytes, or its bytes [start, end).
+
+    Raises ObjectNotFoundError, AccessDeniedError, StorageError.
+    """
+    return read_object(uri, start, end).data
+
+
+def read_object(uri: str, start: int | None = None, end: int | None = None) -> StoredObject:
+    """The object's bytes, or its bytes [start, end), with the etag they were read under.
+
+    Raises ObjectNotFoundError, AccessDeniedError, StorageError.
+    """
+    scheme, path = split(uri)
+    with translated(uri):
+        if scheme == "file":
+            return _read_file(path, start, end)
+        bucket, _, key = path.partition("/")
+        if is_for_obstore(scheme, key):
+            with suppress(ValueError):  # a name that obstore refuses
+                return _read_obstore(scheme, bucket, key, start, end)
+        if scheme == "s3":
+            return _read_s3fs(bucket, key, start, end)
+        return StoredObject(filesystem(scheme).cat_file(path, start=start, end=end), None)
+
+
+def head(uri: str) -> ObjectInfo:
+    """Size and etag of one object. Raises as `read`."""
+    scheme, path = split(uri)
+    with translated(uri):
+        if scheme == "file":
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(path)
+            return ObjectInfo(uri, status.st_size, file_etag(status))
+        if scheme == "s3":
+            found = call_s3("head_object", path)
+            return ObjectInfo(uri, found["ContentLength"], clean_etag(found["ETag"]))
+        info = filesystem(scheme).info(path)
+        if info["type"] == "directory":
+            raise IsADirectoryError(path)
+        return ObjectInfo(uri, info["size"], clean_etag(info.get("etag")))
+
+
+def exists(uri: str) -> bool:
+    """Whether the object (not a folder) is there."""
+    try:
+        head(uri)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def open_file(uri: str) -> IO[bytes]:
+    """A seekable binary file over the object, for readers that want parts of it. Raises as `read`.
+
+    Each larger read is one request for just that range; an object that changes under the reader raises StorageError.
+    """
+    scheme, path = split(uri)
+    with translated(uri):
+        return open(path, "rb") if scheme == "file" else io.BufferedReader(_RangedReads(head(uri)), 1 << 16)
+
+
+class _RangedReads(io.RawIOBase):
+    """A seekable raw file whose reads are requests for ranges of one object."""
+
+    def __init__(self, info: ObjectInfo) -> None:
+        self._info, self._position = info, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._info.size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._info.size)
+        if end <= self._position:
+            return 0
+        found = read_object(self._info.uri, self._position, end)
+        if found.etag != self._info.etag or len(found.data) != end - self._position:
+            raise StorageError(f"{self._info.uri!r}: changed while it was read")
+        buffer[: len(found.data)] = found.data
+        self._position = end
+        return len(found.data)
+
+
+def _read_file(path: str, start: int | None, end: int | None) -> StoredObject:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep the reader waiting, a device never end
+        raise FileNotFoundError(f"{path} is no regular file")
+    with open(path, "rb") as file:
+        etag = file_etag(os.fstat(file.fileno()))
+        file.seek(start or 0)
+        return StoredObject(file.read(-1 if end is None else end - (start or 0)), etag)
+
+
+def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None) -> StoredObject:
+    options: Any = {}
+    if start is not None or end is not None:
+        options["range"] = (start or 0, end) if end is not None else {"offset": start or 0}
+    result = obstore.get(obstore_of(scheme, bucket), key, options=options)
+    return StoredObject(bytes(result.bytes()), clean_etag(result.meta["e_tag"]))
+
+
+def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None) -> StoredObject:
+    files = filesystem("s3")
+    is_whole = start is None and end is None
+    byte_range = {} if is_whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+
+    async def get() -> StoredObject:
+        response = await files._call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
+        return StoredObject(await response["Body"].read(), clean_etag(response["ETag"]))
+
+    found: StoredObject = fsspec.asyn.sync(files.loop, get)
+    return found

@@ -1,0 +1,93 @@
+"""The libraries underneath: how each is reached, and their errors as this package's."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import fsspec
+import obstore.exceptions
+import obstore.store
+
+from pipeline.errors import (
+    AccessDeniedError,
+    ConfigError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    PipelineError,
+    StorageError,
+)
+
+_OBSTORE_SCHEMES = ("s3", "gs", "az")
+
+
+@cache
+def filesystem(scheme: str) -> Any:
+    """The fsspec file system of `scheme`, for readers that take one; listings are never cached.
+
+    Raises ConfigError where the package that serves the scheme is not installed.
+    """
+    if scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL"):
+        # S3-compatible stores refuse the AWS SDK's newer default checksums (411 MissingContentLength).
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    try:
+        options = {} if scheme in ("file", "memory") else {"use_listings_cache": False}
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs a package that is not installed: {error}") from error
+
+
+def is_for_obstore(scheme: str, key: str) -> bool:
+    """Whether obstore can be asked for `key`; it still refuses some names, with ValueError."""
+    return scheme in _OBSTORE_SCHEMES and key == key.strip("/")  # it drops slashes at the ends: another object's name
+
+
+@cache
+def obstore_of(scheme: str, bucket: str) -> Any:
+    """The obstore store of a bucket."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    return obstore.store.from_url(
+        f"{scheme}://{bucket}",
+        client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
+        retry_config={
+            "max_retries": 10,
+            "retry_timeout": timedelta(seconds=60),
+            "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
+        },
+    )
+
+
+def call_s3(operation: str, path: str, **request: Any) -> Any:
+    """One S3 request for `bucket/key`; the key goes as it stands, where s3fs's own paths would tidy it."""
+    bucket, _, key = path.partition("/")
+    try:
+        return filesystem("s3").call_s3(operation, Bucket=bucket, Key=key, **request)
+    except OSError as error:
+        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "PreconditionFailed":
+            raise FileExistsError(path) from error
+        raise
+
+
+@contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Errors of the libraries, which share no base, as this package's; their first line says enough."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ObjectNotFoundError(f"expected an object at {uri!r}, found none") from error
+    except (FileExistsError, obstore.exceptions.AlreadyExistsError) as error:
+        raise ObjectExistsError(f"expected no object at {uri!r}, found one") from error
+    except (
+        PermissionError,
+        obstore.exceptions.PermissionDeniedError,
+        obstore.exceptions.UnauthenticatedError,
+    ) as error:
+        raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}") from error
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise StorageError(f"{uri!r}: {type(error).__name__}: {first_line}") from error

@@ -1,0 +1,38 @@
+"""Reading the tables back, as pyarrow datasets; DuckDB, Polars and Spark read the same files without help."""
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from pipeline import storage
+from pipeline.errors import ObjectNotFoundError
+from pipeline.tables.schemas import TABLES
+
+
+def open_table(uri: str, run_id: str | None = None) -> ds.Dataset:
+    """The table at `uri` (`<output>/predictions`, `<output>/embeddings` or `<output>/errors`) as a pyarrow dataset.
+
+    All runs, with a `run_id` column, or the one named. Nothing is read before the dataset is scanned:
+    `open_table(…).to_table(columns=["uri", "label"], filter=ds.field("score") < 0.5)`.
+    Raises ObjectNotFoundError where there is no such table or run, naming what is there.
+    """
+    location = storage.normalise(uri)
+    if run_id is not None:
+        location = storage.join(location, f"run_id={run_id}")
+    scheme, path = storage.split(location)
+    files = PyFileSystem(FSSpecHandler(storage.filesystem(scheme)))
+    partitioning = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
+    try:
+        dataset = ds.dataset(path, filesystem=files, format="parquet", partitioning=partitioning)
+    except FileNotFoundError as error:
+        raise ObjectNotFoundError(_missing(location)) from error
+    if not dataset.files:
+        raise ObjectNotFoundError(_missing(location))
+    return dataset
+
+
+def _missing(location: str) -> str:
+    return (
+        f"expected Parquet files of a table at {location!r}, found none; "
+        f"a table is <output>/{{{','.join(TABLES)}}} of a predict run"
+    )

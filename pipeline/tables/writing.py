@@ -1,0 +1,53 @@
+"""Writing one shard of each table: deterministic bytes under a deterministic name, in one PUT."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.tables.schemas import TableName
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A table file of one shard; `path` is relative to the run's output."""
+
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+def table_uri(output_uri: str, table: TableName, run_id: str) -> str:
+    """The folder of a run's files of `table`."""
+    return storage.join(output_uri, table, f"run_id={run_id}")
+
+
+def shard_path(table: TableName, run_id: str, shard_id: int) -> str:
+    """Where a shard of `table` lies below the output: the same at every attempt, so writing twice is writing once."""
+    return f"{table}/run_id={run_id}/{shard_id:08d}.parquet"
+
+
+def write_shard(output_uri: str, run_id: str, shard_id: int, tables: Mapping[TableName, pa.Table]) -> list[WrittenFile]:
+    """Write each table's file of one shard. Raises StorageError."""
+    written = []
+    for name, table in tables.items():
+        path = shard_path(name, run_id, shard_id)
+        data = encode(table)
+        storage.write(storage.join(output_uri, path), data)
+        written.append(WrittenFile(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest()))
+    return written
+
+
+def encode(table: pa.Table) -> bytes:
+    """The table as one Parquet file of one row group: equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", use_dictionary=["label", "model", "error", "stage"]
+    ) as writer:
+        writer.write_table(table, row_group_size=max(table.num_rows, 1))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data

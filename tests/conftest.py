@@ -1,0 +1,52 @@
+"""Shared by all tests: one local Ray for those that want one, a bucket of a real object store for those marked `s3`."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+os.environ.update(RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+
+
+@pytest.fixture
+def s3_uri() -> Iterator[str]:
+    """An empty prefix of a fresh bucket on the store that AWS_ENDPOINT_URL names; removed afterwards."""
+    if not os.environ.get("AWS_ENDPOINT_URL"):
+        pytest.skip("needs a real S3 store: set AWS_ENDPOINT_URL and credentials")
+    from pipeline import storage
+
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    storage.filesystem("s3").mkdir(bucket)
+    yield f"s3://{bucket}"
+    with suppress(OSError):  # a bucket left behind fails no test
+        _remove_bucket(bucket)
+
+
+def _remove_bucket(bucket: str) -> None:
+    from pipeline import storage
+
+    call = storage.filesystem("s3").call_s3
+    page = {"NextContinuationToken": ""}
+    while (token := page.get("NextContinuationToken")) is not None:
+        page = call("list_objects_v2", Bucket=bucket, **({"ContinuationToken": token} if token else {}))
+        keys = [entry["Key"] for entry in page.get("Contents", [])]
+        plain = [{"Key": key} for key in keys if key.isprintable()]
+        if plain:
+            call("delete_objects", Bucket=bucket, Delete={"Objects": plain, "Quiet": True})
+        for key in keys:
+            if not key.isprintable():  # the XML of many deletions cannot spell it
+                call("delete_object", Bucket=bucket, Key=key)
+    call("delete_bucket", Bucket=bucket)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A two-CPU local Ray, started once for the whole session."""
+    import ray
+
+    # "local": without it Ray joins whatever cluster it finds on this machine
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()

@@ -1,0 +1,86 @@
+import os
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from pipeline import storage
+from pipeline.data.manifest import write_manifest
+from pipeline.data.sources import Filters, PrefixSource
+from pipeline.data.uri_table import read_labels
+from pipeline.errors import ManifestError
+from tests.manifests import fresh, images_of, uris_of
+
+
+def save(uri: str, *, size: tuple[int, int] = (1, 1)) -> None:
+    storage.write(uri, b"x" * (size[0] * size[1]))
+
+
+def test_a_prefix_is_listed_with_folder_names_as_labels(tmp_path: Path) -> None:
+    for name in ("dog/1.jpg", "cat/deep/2.JPEG", "cat/3.png", "top.jpg", "cat/notes.txt"):
+        save(f"file://{tmp_path}/{name}")
+    made = write_manifest(fresh(), PrefixSource(str(tmp_path), labels="folders"), shard_size=10)
+    assert made.classes == ["cat", "dog"]
+    found = {image["uri"].removeprefix(f"file://{tmp_path}/"): image["label"] for image in images_of(made)}
+    assert found == {"top.jpg": None, "cat/3.png": 0, "cat/deep/2.JPEG": 0, "dog/1.jpg": 1}
+    assert made.made_from["skipped"] == {"not_included": 1}
+    assert made.made_from["num_labelled"] == 3
+    assert all(image["size"] == 1 and image["etag"] for image in images_of(made))
+
+
+def test_globs_match_below_the_prefix_without_minding_case_and_sizes_are_limits() -> None:
+    root = f"memory://{uuid4().hex}"
+    for name, edge in {"A/1.jpg": 3, "a/2.JPG": 30, "b/thumbs/3.jpg": 3, "b/4.dat": 3, "b/5.jpg": 1}.items():
+        save(f"{root}/{name}", size=(edge, 1))
+    filters = Filters(include=["*.JPG", "b/*.dat"], exclude=["*/thumbs/*"], min_bytes=2, max_bytes=10)
+    made = write_manifest(fresh(), PrefixSource(root, filters), shard_size=5)
+    assert uris_of(made) == [f"{root}/A/1.jpg", f"{root}/b/4.dat"]
+    assert made.made_from["skipped"] == {"excluded": 1, "too_large": 1, "too_small": 1}
+
+
+def test_contradictory_sizes_are_refused() -> None:
+    with pytest.raises(ManifestError, match="min_bytes <= max_bytes, got 10 > 2"):
+        Filters(min_bytes=10, max_bytes=2)
+
+
+def test_a_prefix_takes_its_labels_from_a_table_of_relative_names_or_uris(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2 ü.jpg", "3.jpg"):
+        save(f"file://{tmp_path}/images/{name}")
+    (tmp_path / "labels.csv").write_text(f"label,uri\ndog,1.jpg\ncat,file://{tmp_path}/images/2 ü.jpg\n")
+    labels = read_labels(str(tmp_path / "labels.csv"), root=str(tmp_path / "images"))
+    made = write_manifest(fresh(), PrefixSource(str(tmp_path / "images"), labels=labels), shard_size=5)
+    assert ([image["label"] for image in images_of(made)], made.classes) == ([1, 0, None], ["cat", "dog"])
+    with pytest.raises(ManifestError, match=r"expected labels for images below .* got some for others"):
+        write_manifest(fresh(), PrefixSource(str(tmp_path / "images"), labels={"s3://b/x": "dog"}), shard_size=5)
+    (tmp_path / "labels.csv").write_text("label,uri\ndog,1.jpg\ncat,1.jpg\n")
+    with pytest.raises(ManifestError, match="one label for"):
+        read_labels(str(tmp_path / "labels.csv"), root=str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have UTF-8 names alone")
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"1")
+    with pytest.raises(ManifestError, match=r"UTF-8, got .*caf"):
+        write_manifest(fresh(), PrefixSource(str(tmp_path)), shard_size=5)
+
+
+@pytest.mark.s3
+def test_a_bucket_with_odd_names_is_listed(s3_uri: str) -> None:
+    names = sorted(["a/50% #1?.jpg", "a/new\nline.jpg", "b/ü 'quote'.jpg", "b/plain.jpg"])
+    for name in names:
+        storage.write(f"{s3_uri}/{name}", b"1")
+    made = write_manifest(f"{s3_uri}/made", PrefixSource(s3_uri, labels="folders"), shard_size=3)
+    assert uris_of(made) == [f"{s3_uri}/{name}" for name in names]
+    assert made.classes == ["a", "b"]
+    assert images_of(made)[0]["etag"] == storage.head(f"{s3_uri}/{names[0]}").etag
+
+
+def test_nothing_left_is_said_with_what_was_skipped() -> None:
+    root = f"memory://{uuid4().hex}"
+    for name in ("a.txt", "b.jpg", "c.PNG"):
+        save(storage.join(root, name))
+    with pytest.raises(ManifestError, match="1 not_included, 2 too_small"):
+        write_manifest(fresh(), PrefixSource(root, Filters(min_bytes=10)), shard_size=5)
+    with pytest.raises(ManifestError, match="skipped: nothing"):
+        write_manifest(fresh(), PrefixSource(f"{root}-empty"), shard_size=5)

@@ -1,0 +1,84 @@
+"""The Ray Data graph on a real two-CPU Ray."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RunError
+from pipeline.inference.flow import MAX_DEATHS, ShardAttempts, predict
+from pipeline.inference.layout import Node
+from pipeline.inference.plan import read_run, resolve_inputs
+from pipeline.inference.reconcile import find_faults
+from tests.worlds import config_of, make_world, run_without_ray
+
+NODES = [Node(cpus=2)]
+TABLES = {"names": ["predictions", "embeddings"]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+def run(world: Path, **fields):
+    config = config_of(world, **fields)
+    return predict(config, *resolve_inputs(config), NODES)
+
+
+def files_of(world: Path, run_id: str) -> dict[str, bytes]:
+    paths = sorted(world.glob(f"tables/*/run_id={run_id}/*.parquet"))
+    return {f"{path.parent.parent.name}/{path.name}": path.read_bytes() for path in paths}
+
+
+@pytest.mark.ray
+def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
+    run_without_ray(world, run_id="alone", tables=TABLES)
+    for form in ("fused", "split"):
+        summary = run(world, run_id=form, tables=TABLES, compute={"form": form})
+        assert (summary["status"], summary["layout"]["form"]) == ("done", form)
+        assert (summary["num_predicted"], summary["num_errors"]) == (27, 3)
+        assert list(find_faults(read_run(summary["output"], form))) == []
+        assert files_of(world, form) == files_of(world, "alone")
+
+
+@pytest.mark.ray
+def test_a_rerun_does_only_what_is_not_committed(world, local_ray):
+    run_without_ray(world, run_id="resumed")
+    commits = world / "tables/_runs/resumed/commits"
+    untouched = (commits / "00000000.json").read_bytes()
+    (commits / "00000002.json").unlink()
+    summary = run(world, run_id="resumed")
+    assert (summary["status"], summary["num_pending"], summary["num_images"]) == ("done", 1, 30)
+    assert (commits / "00000000.json").read_bytes() == untouched
+    again = run(world, run_id="resumed")
+    assert (again["status"], again["num_pending"], again["num_predicted"]) == ("was done", 0, 27)
+
+
+def test_a_dry_run_touches_nothing(world):
+    summary = run(world, run_id="dry", dry_run=True)
+    assert (summary["status"], summary["num_pending"]) == ("dry run", 4)
+    assert not (world / "tables/_runs/dry").exists()
+
+
+@pytest.mark.ray
+def test_what_stops_a_worker_stops_the_run_with_its_reason(world, local_ray):
+    blocked = world / "blocked"
+    blocked.mkdir()
+    (blocked / "predictions").write_text("a file where a folder should be")
+    with pytest.raises(RunError, match="blocked/predictions"):
+        run(world, run_id="blocked", output=str(blocked))
+
+
+def test_attempts_at_a_shard_are_counted_from_one():
+    attempts = ShardAttempts()
+    assert [attempts.begin("decode", 7) for _ in range(MAX_DEATHS)] == [1, 2, 3]
+    assert attempts.begin("decode", 8) == attempts.begin("predict", 7) == 1
+
+
+def test_the_driver_does_without_torch():
+    imports = "import sys, jobs.predict, jobs.verify, pipeline.inference.flow; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0

@@ -1,0 +1,79 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError
+from pipeline.inference.layout import Node, choose_device, choose_layout
+from pipeline.inference.plan import ComputeConfig
+
+AUTO = ComputeConfig()
+
+
+def test_one_cpu_is_enough_for_one_fused_actor():
+    layout = choose_layout([Node(cpus=1)], AUTO, num_shards=10)
+    assert (layout.form, layout.device, layout.num_actors, layout.cpus_per_actor) == ("fused", "cpu", 1, 1)
+
+
+def test_a_large_node_is_shared_by_actors_of_four_cpus():
+    layout = choose_layout([Node(cpus=16)], AUTO, num_shards=100)
+    assert (layout.num_actors, layout.cpus_per_actor) == (4, 4)
+
+
+def test_the_smallest_node_sets_the_size_of_an_actor():
+    layout = choose_layout([Node(cpus=2), Node(cpus=8)], AUTO, num_shards=100)
+    assert (layout.num_actors, layout.cpus_per_actor) == (5, 2)
+
+
+def test_there_are_never_more_actors_than_shards():
+    assert choose_layout([Node(cpus=16)], AUTO, num_shards=2).num_actors == 2
+
+
+def test_the_split_form_leaves_a_cpu_to_decode():
+    layout = choose_layout([Node(cpus=4)], ComputeConfig(form="split"), num_shards=100)
+    assert layout.num_actors * layout.cpus_per_actor < 4
+
+
+def test_the_split_form_on_one_cpu_is_refused_and_not_waited_for():
+    with pytest.raises(ConfigError, match="do not fit this cluster"):
+        choose_layout([Node(cpus=1)], ComputeConfig(form="split"), num_shards=1)
+
+
+def test_more_actors_than_fit_are_refused_naming_the_nodes():
+    with pytest.raises(ConfigError, match=r"8 actors of 2 CPUs.* 2 do \(nodes: 4 CPUs \+ 0 GPUs\)"):
+        choose_layout([Node(cpus=4)], ComputeConfig(actors=8, cpus_per_actor=2), num_shards=100)
+
+
+def test_gpus_are_taken_where_there_are_any_and_fed_by_the_cpus():
+    layout = choose_layout([Node(cpus=16, gpus=2), Node(cpus=32)], AUTO, num_shards=100)
+    assert (layout.form, layout.device, layout.num_actors) == ("split", "cuda", 2)
+    assert (layout.cpus_per_actor, layout.gpus_per_actor) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("node", "compute"),
+    [
+        (Node(cpus=8, gpus=1), ComputeConfig(cpus_per_actor=8)),
+        (Node(cpus=0, gpus=1), ComputeConfig(form="split")),
+    ],
+)
+def test_gpu_actors_that_leave_no_cpu_to_decode_are_refused_and_not_waited_for(node, compute):
+    with pytest.raises(ConfigError, match="do not fit this cluster"):
+        choose_layout([node], compute, num_shards=10)
+
+
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ConfigError, match="no node of the cluster has a GPU"):
+        choose_device([Node(cpus=4)], ComputeConfig(device="cuda"))
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.sampled_from(["auto", "fused", "split"]))
+def test_a_cpu_layout_that_is_given_fits_the_cluster(cpus, form):
+    nodes = [Node(cpus=count) for count in cpus]
+    try:
+        layout = choose_layout(nodes, ComputeConfig(form=form), num_shards=10_000)
+    except ConfigError:
+        assert form == "split"
+        return
+    reserved = 1 if layout.form == "split" else 0
+    assert layout.num_actors <= sum(node.cpus // layout.cpus_per_actor for node in nodes)
+    assert layout.num_actors * layout.cpus_per_actor + reserved <= sum(cpus)

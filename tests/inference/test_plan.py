@@ -1,0 +1,137 @@
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.errors import BundleError, ConfigError, ManifestError
+from pipeline.inference.commit import Receipt, commit
+from pipeline.inference.plan import list_run_ids, make_plan, read_run, record_run, resolve_inputs
+from tests.worlds import config_of, make_bundle, make_world, plan_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+def record(world, **fields):
+    plan = plan_of(world, **fields)
+    record_run(plan, config_of(world, **fields))
+    return plan.run
+
+
+def test_a_new_run_has_every_shard_to_do(world):
+    plan = plan_of(world, run_id="new")
+    assert (plan.num_pending, len(list(plan.pending_shards()))) == (4, 4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=16)
+@given(st.sets(st.integers(0, 3)))
+def test_the_plan_is_the_manifest_less_the_commits(world, committed):
+    run = record(world, run_id=f"minus-{sum(2**shard for shard in committed)}")
+    for shard_id in committed:
+        commit(run.uri, Receipt(shard_id, 8, 8, 0, {}, [], {}))
+    plan = plan_of(world, run_id=run.run_id)
+    assert [shard.shard_id for shard in plan.pending_shards()] == sorted({0, 1, 2, 3} - committed)
+    assert plan.num_pending == 4 - len(committed)
+
+
+def test_planning_writes_nothing(world):
+    plan = plan_of(world, run_id="untouched")
+    assert "untouched" not in list_run_ids(plan.run.output_uri)
+
+
+def test_the_same_command_is_the_same_run_and_another_is_another(world):
+    first = plan_of(world).run.run_id
+    assert plan_of(world).run.run_id == first
+    assert plan_of(world, tables={"top_k": 2}).run.run_id != first
+    assert plan_of(world, bundles=["other"]).run.run_id != first
+    assert plan_of(world, compute={"actors": 1}, images={"fetch_concurrency": 4}).run.run_id == first
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"tables": {"top_k": 2}}, "tables"),
+        ({"bundles": ["other"]}, "models"),
+        ({"compute": {"batch_size": 7}}, "batch_size"),
+        ({"images": {"max_pixels": 10}}, "images"),
+        ({"images": {"allowed_roots": ["s3://bucket"]}}, "images"),
+    ],
+)
+def test_a_run_cannot_go_on_with_what_would_change_its_bytes(world, change, field):
+    record(world, run_id="fixed")
+    with pytest.raises(ConfigError, match=rf"run 'fixed' began otherwise.*\n{field}: began with"):
+        plan_of(world, run_id="fixed", **change)
+
+
+def test_a_run_keeps_the_batch_size_it_began_with(world):
+    record(world, run_id="batched", compute={"batch_size": 5})
+    assert plan_of(world, run_id="batched").run.batch_size == 5
+
+
+def test_a_run_keeps_the_number_of_threads_it_began_with_on_any_cluster(world):
+    record(world, run_id="threads")
+    config = config_of(world, run_id="threads")
+    resumed = make_plan(config, *resolve_inputs(config), device="cpu", num_threads=7)
+    assert resumed.run.num_threads == plan_of(world, run_id="threads").run.num_threads == 2
+
+
+def test_a_run_may_go_on_with_moved_bundles_and_fetch_harder(world, tmp_path):
+    record(world, run_id="moved")
+    make_bundle(tmp_path)
+    plan = plan_of(world, run_id="moved", registry=str(tmp_path), images={"fetch_concurrency": 4})
+    assert plan.run.images.fetch_concurrency == 4
+
+
+def test_tables_are_a_set_whatever_the_order_they_are_named_in(world):
+    named = {"names": ["embeddings", "predictions", "embeddings"]}
+    assert plan_of(world, tables=named).run.table_names == ["predictions", "embeddings", "errors"]
+
+
+def test_a_run_is_read_back_as_it_was_recorded(world):
+    run = record(world, run_id="kept")
+    assert read_run(run.output_uri, "kept") == run
+    assert "kept" in list_run_ids(run.output_uri)
+    assert storage.exists(storage.join(run.uri, "config.yaml"))
+
+
+def test_an_unknown_run_is_told_with_those_there_are(world):
+    run = record(world, run_id="known")
+    with pytest.raises(ConfigError, match=r"expected run .unknown.*known"):
+        read_run(run.output_uri, "unknown")
+
+
+def test_a_damaged_plan_is_named(world):
+    run = record(world, run_id="damaged")
+    storage.write(storage.join(run.uri, "plan.json"), json.dumps({"run_id": 1}).encode())
+    with pytest.raises(ConfigError, match=r"plan\.json: not a plan of this version"):
+        plan_of(world, run_id="damaged")
+
+
+def test_a_missing_manifest_and_a_missing_bundle_are_told_apart(world):
+    with pytest.raises(ManifestError, match="expected a manifest at"):
+        resolve_inputs(config_of(world, manifest=str(world / "nowhere")))
+    with pytest.raises(BundleError, match="nothing"):
+        resolve_inputs(config_of(world, bundles=["nothing"]))
+
+
+def test_the_same_bundle_twice_is_refused(world):
+    with pytest.raises(ConfigError, match="expected different ones, got tiny/1, tiny/1"):
+        resolve_inputs(config_of(world, bundles=["tiny", "tiny/1"]))
+
+
+def test_a_bundle_may_be_named_by_its_uri(world, tmp_path):
+    uri = make_bundle(tmp_path / "elsewhere", name="far")
+    config = config_of(world, bundles=[uri], registry=None)
+    assert make_plan(config, *resolve_inputs(config), device="cpu", num_threads=2).run.models[0].name == "far/1"
+
+
+@pytest.mark.parametrize("run_id", ["", "../up", "a/b", ".hidden", "a b"])
+def test_a_run_id_that_is_no_folder_name_is_refused(world, run_id):
+    with pytest.raises(ValueError, match="run_id"):
+        config_of(world, run_id=run_id)

@@ -1,0 +1,200 @@
+"""One shard from bytes to table files, without Ray."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.data.images import decode
+from pipeline.data.loader import Batch, LoadLog, load_batches
+from pipeline.data.manifest import Shard
+from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ImageError, StorageError
+from pipeline.inference.predictor import Predictor
+from pipeline.inference.shard import DecodedShard, load_shard, predict_shard
+from pipeline.models.bundle import load_network
+from pipeline.tables import open_table
+from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+def uris_of(plan) -> list[str]:
+    return [uri for shard in plan.manifest.shards() for uri in plan.manifest.images(shard)["uri"].to_pylist()]
+
+
+def table(run, name: str) -> list[dict]:
+    return open_table(storage.join(run.output_uri, name), run.run_id).to_table().to_pylist()
+
+
+def test_every_image_is_in_exactly_one_of_predictions_and_errors_in_manifest_order(world):
+    run = run_without_ray(world, run_id="order")
+    predicted = [row["uri"] for row in table(run, "predictions")]
+    failed = [row["uri"] for row in table(run, "errors")]
+    listed = uris_of(plan_of(world, run_id="order"))
+    assert len(failed) == 3
+    assert predicted == [uri for uri in listed if uri not in failed]
+    assert failed == [uri for uri in listed if uri not in predicted]
+
+
+def test_predictions_are_what_the_network_says_of_the_image(world):
+    run = run_without_ray(world, run_id="truth", tables={"names": ["predictions", "embeddings"], "top_k": 2})
+    network = load_network(run.models[0].uri)
+    preprocessing = Preprocessing(resize_size=32, crop_size=32)
+    for row, embedded in zip(table(run, "predictions"), table(run, "embeddings"), strict=True):
+        pixels = preprocessing.apply(decode(storage.read(row["uri"]), max_pixels=10**6))
+        with torch.inference_mode():
+            logits, embedding = network(preprocessing.normalise(pixels[None]))
+        scores, label_ids = logits.softmax(1)[0].topk(2)
+        assert (row["uri"], row["label_id"]) == (embedded["uri"], label_ids[0])
+        assert row["topk_label_ids"] == label_ids.tolist()
+        np.testing.assert_allclose(row["topk_scores"], scores, rtol=1e-4)
+        np.testing.assert_allclose(embedded["embedding"], embedding[0], rtol=1e-3, atol=1e-5)
+
+
+def test_several_models_share_a_pass_and_stand_side_by_side(world):
+    both = run_without_ray(world, run_id="both", bundles=["tiny", "other"])
+    alone = run_without_ray(world, run_id="alone", bundles=["other"])
+    rows = table(both, "predictions")
+    assert [row["model"] for row in rows] == ["tiny/1", "other/1"] * (len(rows) // 2)
+    assert [row["uri"] for row in rows[::2]] == [row["uri"] for row in rows[1::2]]
+    assert [row["score"] for row in rows[1::2]] == [row["score"] for row in table(alone, "predictions")]
+
+
+def test_embeddings_have_the_type_and_length_asked_for(world):
+    options = {"names": ["embeddings"], "embedding_type": "float16", "l2_normalise": True}
+    run = run_without_ray(world, run_id="unit", tables=options)
+    dataset = open_table(storage.join(run.output_uri, "embeddings"), "unit")
+    assert str(dataset.schema.field("embedding").type.value_type) == "halffloat"
+    norms = [np.linalg.norm(np.array(row["embedding"], np.float32)) for row in dataset.to_table().to_pylist()]
+    np.testing.assert_allclose(norms, 1, atol=2e-3)
+    assert not (world / "tables" / "predictions" / "run_id=unit").exists()
+
+
+def test_writing_a_shard_twice_writes_the_same_bytes(world):
+    first = run_without_ray(world, run_id="twice")
+    files = {path: path.read_bytes() for path in world.glob("tables/*/run_id=twice/*.parquet")}
+    for commit in world.glob("tables/_runs/twice/commits/*.json"):
+        commit.unlink()
+    assert run_without_ray(world, run_id="twice") == first
+    assert files
+    assert all(path.read_bytes() == data for path, data in files.items())
+
+
+def test_lineage_names_bundles_preprocessing_manifest_and_software(world):
+    run = run_without_ray(world, run_id="lineage")
+    metadata = open_table(storage.join(run.output_uri, "predictions"), "lineage").schema.metadata
+    assert set(metadata) >= {b"manifest_digest", b"models", b"preprocessing", b"embedding_size", b"software"}
+    assert run.models[0].digest in metadata[b"models"].decode()
+
+
+def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
+    plan = plan_of(world, compute={"batch_size": 3})
+    predictor = Predictor(plan.run)
+    shard = next(plan.pending_shards())
+    log = LoadLog()
+    options = {"num_threads": 2, "isolated": False, "log": log}
+    streamed = list(load_shard(plan.run, plan.manifest, shard, predictor.preprocessings, **options))
+    decoded = DecodedShard.gather(shard, 1, streamed, predictor.preprocessings, log)
+    handed_over = DecodedShard.from_row(decoded.to_row())
+    assert (handed_over.shard, handed_over.attempt) == (shard, 1)
+    assert [str(error) for error in handed_over.log.errors.values()] == [str(error) for error in log.errors.values()]
+    for before, after in zip(streamed, handed_over.batches(3), strict=True):
+        assert before.rows == after.rows
+        assert all(torch.equal(a, b) for a, b in zip(before.pixels, after.pixels, strict=True))
+
+
+def test_a_network_that_answers_nan_makes_error_rows(world, monkeypatch):
+    plan = plan_of(world, run_id="nan")
+    predictor = Predictor(plan.run)
+    for network in predictor._networks:
+        torch.nn.init.constant_(network.head.bias, float("nan"))
+    shard = next(plan.pending_shards())
+    batch = Batch(list(range(shard.num_images)), [torch.zeros(shard.num_images, 3, 32, 32, dtype=torch.uint8)])
+    receipt = predict_shard(plan.run, plan.manifest, shard, [batch], predictor, log=LoadLog())
+    assert (receipt.num_predicted, receipt.errors) == (0, {"predict/not_finite": shard.num_images})
+
+
+def test_a_failing_store_stops_the_run_instead_of_filling_the_errors_table(world, monkeypatch):
+    outage = ImageError("fetch", "storage_error", "503 Slow Down")
+    monkeypatch.setattr("pipeline.inference.shard.read_shard", lambda *args, **options: iter([outage] * 8))
+    plan = plan_of(world, images={"max_storage_errors": 7})
+    shard = next(plan.pending_shards())
+    options = {"num_threads": 1, "isolated": False, "log": LoadLog()}
+    with pytest.raises(StorageError, match=r"at most 7 images lost to a failing store.*503 Slow Down"):
+        list(load_shard(plan.run, plan.manifest, shard, [], **options))
+
+
+def test_a_vanished_folder_stops_the_run_unless_its_loss_is_accepted(world, monkeypatch):
+    gone = ImageError("fetch", "not_found", "found none")
+    monkeypatch.setattr("pipeline.inference.shard.read_shard", lambda *args, **options: iter([gone] * 8))
+    refusing, accepting = plan_of(world), plan_of(world, images={"accept_lost_shards": True})
+    shard = next(refusing.pending_shards())
+    with pytest.raises(StorageError, match=r"none of its 8 images can be fetched.*Is the folder mounted"):
+        list(load_shard(refusing.run, refusing.manifest, shard, [], num_threads=1, isolated=False, log=LoadLog()))
+    log = LoadLog()
+    assert list(load_shard(accepting.run, accepting.manifest, shard, [], num_threads=1, isolated=False, log=log)) == []
+    assert len(log.errors) == 8
+
+
+def test_whatever_preprocessing_raises_is_the_images_error():
+    def decode_to_nonsense(data: bytes) -> torch.Tensor:
+        return torch.zeros(3)
+
+    log = LoadLog()
+    resize = [Preprocessing(resize_size=4, crop_size=4)]
+    assert list(load_batches([b"x"], decode_to_nonsense, resize, batch_size=2, num_threads=1, log=log)) == []
+    assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
+
+
+def test_the_last_bits_of_a_deep_net_depend_on_the_recorded_threads_alone(world):
+    make_bundle(world / "registry", name="deep", architecture="resnet18")
+    first = run_without_ray(world, run_id="threads-1", bundles=["deep"])
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    again = run_without_ray(world, run_id="threads-2", bundles=["deep"])
+    torch.set_num_threads(kept)
+    assert table(first, "predictions") == table(again, "predictions")
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 7), st.integers(1, 4))
+def test_batches_hold_every_good_image_once_in_order_and_are_full_but_for_the_last(is_good, batch_size, num_threads):
+    def decode_or_fail(data: bytes) -> torch.Tensor:
+        if data == b"bad":
+            raise ImageError("decode", "corrupt", "bad")
+        return torch.full((3, 2, 2), data[0], dtype=torch.uint8)
+
+    encoded = [bytes([index]) if good else b"bad" for index, good in enumerate(is_good)]
+    log = LoadLog()
+    batches = list(
+        load_batches(
+            encoded,
+            decode_or_fail,
+            [Preprocessing(resize_size=2, crop_size=2)],
+            batch_size=batch_size,
+            num_threads=num_threads,
+            log=log,
+        )
+    )
+    rows = [row for batch in batches for row in batch.rows]
+    assert rows == [index for index, good in enumerate(is_good) if good]
+    assert sorted(log.errors) == [index for index, good in enumerate(is_good) if not good]
+    assert all(len(batch.rows) == batch_size for batch in batches[:-1])
+    assert [int(image[0, 0, 0]) for batch in batches for image in batch.pixels[0]] == rows
+
+
+def test_a_decoded_shard_without_a_good_image_is_empty_and_not_missing():
+    shard = Shard(0, "images-00000.parquet", 0, 2, 0, None, None, None, None, None)
+    log = LoadLog({0: ImageError("decode", "empty", "e"), 1: ImageError("decode", "empty", "e")})
+    empty = DecodedShard.gather(shard, 1, [], [Preprocessing(resize_size=4, crop_size=4)], log)
+    handed_over = DecodedShard.from_row(empty.to_row())
+    assert list(handed_over.batches(8)) == []
+    assert sorted(handed_over.log.errors) == [0, 1]

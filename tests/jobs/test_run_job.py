@@ -1,0 +1,101 @@
+"""The contract that every job keeps: exit codes, the summary, the signals."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from jobs import run_job
+from pipeline.config import JobConfig
+from pipeline.errors import ManifestError, PipelineError, ReconcileError, RunError
+
+
+class Example(JobConfig):
+    """An example."""
+
+    count: int = Field(1, ge=0)
+    """How many."""
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def finish(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any, str]]:
+    def run(main: Callable[[Example], dict[str, Any]], *flags: str) -> tuple[int, Any, str]:
+        """(exit code, summary, what stood on standard error) of a job with these command-line flags."""
+        monkeypatch.setattr(sys, "argv", ["job", *flags])
+        with pytest.raises(SystemExit) as ended:
+            run_job(Example, main)
+        written = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, json.loads(written.out), written.err
+
+    return run
+
+
+def test_a_job_that_is_done_prints_its_summary_and_exits_with_0(finish: Callable[..., Any]) -> None:
+    code, summary, _ = finish(lambda config: {"status": "done", "count": config.count}, "--count", "3")
+    assert (code, summary) == (0, {"status": "done", "count": 3})
+
+
+def test_what_a_library_prints_goes_to_standard_error(finish: Callable[..., Any]) -> None:
+    def chatty(config: Example) -> dict[str, Any]:
+        os.write(1, b"from C\n")
+        os.system("echo from a child")
+        return {"status": "done"}
+
+    code, summary, errors = finish(chatty)
+    assert (code, summary, errors) == (0, {"status": "done"}, "from C\nfrom a child\n")
+
+
+def test_a_bad_config_exits_with_2_before_the_job_begins(finish: Callable[..., Any]) -> None:
+    code, summary, errors = finish(lambda config: pytest.fail("it began"), "--count", "-1")
+    assert (code, summary["error"]) == (2, "ConfigError")
+    assert "count" in summary["message"]
+    assert summary["message"] in errors
+
+
+@pytest.mark.parametrize(("error", "code"), [(ManifestError, 2), (RunError, 1), (ReconcileError, 3)])
+def test_an_error_decides_the_exit_code_and_adds_its_details(
+    finish: Callable[..., Any], error: type[PipelineError], code: int
+) -> None:
+    def fail(config: Example) -> dict[str, Any]:
+        raise error("expected rows, got none", num_missing=7)
+
+    expected = {"status": "failed", "error": error.__name__, "message": "expected rows, got none", "num_missing": 7}
+    assert finish(fail)[:2] == (code, expected)
+
+
+def test_an_unforeseen_error_exits_with_1_and_its_traceback(finish: Callable[..., Any]) -> None:
+    code, summary, errors = finish(lambda config: {"status": str(1 // (config.count - 1))})
+    assert (code, summary["error"]) == (1, "ZeroDivisionError")
+    assert "Traceback" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_job_cleanly(finish: Callable[..., Any], number: signal.Signals) -> None:
+    cleaned_up = []
+
+    def stopped(config: Example) -> dict[str, Any]:
+        try:
+            signal.raise_signal(number)
+            signal.pause()
+        finally:
+            signal.raise_signal(number)  # the impatient ask twice
+            cleaned_up.append(True)
+        return {}
+
+    code, summary, _ = finish(stopped)
+    assert (code, summary["status"], cleaned_up) == (1, "stopped", [True])
+    assert number.name in summary["message"]

@@ -1,0 +1,66 @@
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.storage.concurrency import chain_ahead
+
+
+def test_mapping_concurrently_keeps_order_and_stays_a_bounded_way_ahead() -> None:
+    started: list[int] = []
+
+    def square(number: int) -> int:
+        started.append(number)
+        time.sleep(0.001 * (number % 3))
+        return number * number
+
+    results = storage.map_concurrently(square, range(1000), concurrency=4)
+    assert [next(results) for _ in range(10)] == [number * number for number in range(10)]
+    assert len(started) <= 10 + 2 * 4
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_mapping_concurrently_raises_at_the_items_turn() -> None:
+    results = storage.map_concurrently(lambda number: 1 // (2 - number), range(5), concurrency=2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 12), max_size=8), concurrency=st.integers(1, 4))
+def test_chained_sources_give_every_item_once_in_order(lengths: list[int], concurrency: int) -> None:
+    sources = [partial(iter, [(source, item) for item in range(length)]) for source, length in enumerate(lengths)]
+    expected = [(source, item) for source, length in enumerate(lengths) for item in range(length)]
+    assert list(chain_ahead(sources, concurrency)) == expected
+
+
+def test_a_chained_source_that_fails_raises_at_its_items_turn() -> None:
+    def failing() -> Iterator[int]:
+        yield 2
+        raise KeyError("gone")
+
+    items = chain_ahead([partial(iter, [0, 1]), failing, partial(iter, [3])], concurrency=3)
+    assert [next(items), next(items), next(items)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="gone"):
+        next(items)
+
+
+def test_chained_sources_stay_a_bounded_way_ahead() -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[int]:
+        for number in count():
+            taken.append(number)
+            yield number
+
+    items = chain_ahead([endless] * 10, concurrency=2)
+    assert next(items) == 0
+    time.sleep(0.05)
+    assert len(taken) <= 2 * (4 + 2)
+    items.close()  # type: ignore[attr-defined]

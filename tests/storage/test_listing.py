@@ -1,0 +1,106 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import ObjectNotFoundError
+
+ODD_NAMES = [
+    "plain.jpg",
+    "with space.jpg",
+    " .jpg",
+    "quote'\".jpg",
+    "50% off.jpg",
+    "%41.jpg",
+    "tag#1.jpg",
+    "what?.jpg",
+    "a+b&c=d;.jpg",
+    "new\nline.jpg",
+    "tab\t.jpg",
+    "ünï—日本.jpg",
+    "star*[x]{y}~^`|<>.jpg",
+    "back\\slash.jpg",
+    "deep/er/still.jpg",
+]
+ODD_KEYS = ["/leading.jpg", "a//b.jpg", "a/./c.jpg", "a/../d.jpg", "?versionId=3", "control\x01.jpg"]  # S3 alone
+
+
+def uris_below(uri: str) -> list[str]:
+    return [found.uri for found in storage.list_objects(uri)]
+
+
+def test_odd_names_survive_writing_reading_heading_and_listing(root: str) -> None:
+    names = ODD_NAMES + (ODD_KEYS if root.startswith("s3") else [])
+    for name in names:
+        storage.write(storage.join(root, name), name.encode())
+    for name in names:
+        uri = storage.join(root, name)
+        assert storage.read(uri) == name.encode()
+        assert storage.head(uri).size == len(name.encode())
+        with storage.open_file(uri) as file:
+            assert file.read() == name.encode()
+    listed = uris_below(root)
+    assert sorted(listed) == sorted(storage.join(root, name) for name in names)
+    assert uris_below(root) == listed
+    for name in names:
+        storage.delete(storage.join(root, name))
+    assert uris_below(root) == []
+
+
+@pytest.mark.s3
+def test_listing_many_folders_and_pages_gives_every_object_once_in_a_fixed_order(s3_uri: str) -> None:
+    names = [f"class-{number % 7}/{number:05d}.jpg" for number in range(1000)]
+    names += [f"many/deep/{number:05d}.jpg" for number in range(1500)] + [
+        f"top-{number:02d}.jpg" for number in range(20)
+    ]
+    list(storage.map_concurrently(lambda name: storage.write(storage.join(s3_uri, name), b"1"), names))
+    storage.filesystem("s3").call_s3("put_object", Bucket=s3_uri.removeprefix("s3://"), Key="class-1/", Body=b"")
+    listed = uris_below(s3_uri)
+    own = sorted(storage.join(s3_uri, name) for name in names if "/" not in name)
+    assert listed == own + sorted(storage.join(s3_uri, name) for name in names if "/" in name)
+    assert [found.uri for found in storage.list_objects(s3_uri, concurrency=1)] == listed
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_not_there_is_named(s3_uri: str) -> None:
+    with pytest.raises(ObjectNotFoundError, match="-absent"):
+        uris_below(f"{s3_uri}-absent")
+
+
+def test_listing_goes_folder_by_folder_in_order_and_knows_only_below(root: str) -> None:
+    for name in ("b/2.jpg", "b/1.jpg", "a/x/3.jpg", "z.jpg", "ab/4.jpg"):
+        storage.write(storage.join(root, name), b"1")
+    assert uris_below(root) == [storage.join(root, n) for n in ("z.jpg", "a/x/3.jpg", "ab/4.jpg", "b/1.jpg", "b/2.jpg")]
+    assert uris_below(storage.join(root, "a")) == [storage.join(root, "a/x/3.jpg")]
+    assert uris_below(storage.join(root, "absent")) == []
+
+
+def test_the_folders_right_below_are_named_in_order(root: str) -> None:
+    for name in ("runs/b/deep/er.json", "runs/a+ü/1.json", "runs/own.json", "other/c/2.json"):
+        storage.write(storage.join(root, name), b"1")
+    assert storage.list_folders(storage.join(root, "runs")) == ["a+ü", "b"]
+    assert storage.list_folders(root) == ["other", "runs"]
+    assert storage.list_folders(storage.join(root, "absent")) == []
+
+
+def test_a_listing_left_early_stops_its_threads(tmp_path: Path) -> None:
+    for folder in range(40):
+        storage.write(f"file://{tmp_path}/{folder}/image.jpg", b"1")
+    before = threading.active_count()
+    listing = storage.list_objects(f"file://{tmp_path}")
+    next(listing)
+    listing.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_links_to_folders_are_not_followed_and_dangling_ones_are_passed_over(tmp_path: Path) -> None:
+    storage.write(f"file://{tmp_path}/folder/image.jpg", b"1")
+    (tmp_path / "folder" / "circle").symlink_to(tmp_path)
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "folder" / "image.jpg")
+    assert uris_below(f"file://{tmp_path}") == [f"file://{tmp_path}/link.jpg", f"file://{tmp_path}/folder/image.jpg"]

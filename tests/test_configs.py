@@ -1,0 +1,46 @@
+"""The YAML files of configs/ are complete and right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from jobs.import_model import ImportConfig
+from jobs.manifest import ManifestConfig
+from pipeline.config import JobConfig, load
+from pipeline.inference.plan import PredictConfig
+
+FOLDER = Path(__file__).parents[1] / "configs"
+TYPES: dict[str, type[JobConfig]] = {
+    "classify": PredictConfig,
+    "embed": PredictConfig,
+    "manifest": ManifestConfig,
+    "import_model": ImportConfig,
+    "import_cifar": ImportConfig,
+}
+
+
+def missing_fields(model: type[BaseModel], given: dict[str, Any], path: str = "") -> list[str]:
+    missing = []
+    for name, field in model.model_fields.items():
+        if name not in given:
+            missing.append(path + name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            missing += missing_fields(field.annotation, given[name], f"{path}{name}.")
+    return missing
+
+
+def test_every_config_file_is_known_here():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(TYPES)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_config_file_loads(name):
+    load(TYPES[name], ["--config", str(FOLDER / f"{name}.yaml")])
+
+
+@pytest.mark.parametrize("name", ["classify", "embed"])
+def test_the_predict_configs_leave_no_field_out(name):
+    assert missing_fields(PredictConfig, yaml.safe_load((FOLDER / f"{name}.yaml").read_text())) == []
