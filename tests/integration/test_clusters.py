@@ -1,6 +1,11 @@
-"""The same job on clusters of every shape: one CPU, two CPUs, several nodes."""
+"""The same job on clusters of every shape: one CPU, two CPUs, several nodes, and handed in by `ray job submit`."""
 
+import json
 import os
+import secrets
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,3 +80,40 @@ def test_the_same_run_twice_at_once_ends_whole(world, cluster):
         twins = [pool.submit(predict, world, "twins", cluster, **options) for _ in range(2)]
         assert [twin.result()["num_predicted"] for twin in twins] == [57, 57]
     assert run_job("verify", output=world / "tables", run_id="twins")["status"] == "verified"
+
+
+@pytest.fixture
+def job_server(tmp_path) -> Iterator[dict[str, str]]:
+    """The environment of a cluster that takes jobs: its address, its token and this Python's programs."""
+    address, agent = "http://127.0.0.1:8299", "--dashboard-agent-listen-port=8298"
+    programs = str(Path(sys.executable).parent)
+    env = {**os.environ, "RAY_API_SERVER_ADDRESS": address, "PATH": f"{programs}:{os.environ['PATH']}"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    start = ["ray", "start", "--head", "--block", "--num-cpus=2", "--port=6399", "--dashboard-port=8299", agent]
+    with (tmp_path / "head.log").open("wb") as log:
+        head = subprocess.Popen(start, env=env, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run(
+            ["ray", "job", "submit", "--no-wait", "--", "true"], env=env, capture_output=True
+        ).returncode:
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()  # its agent answers last
+            time.sleep(1)
+        yield env
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+@pytest.mark.timeout(300)
+def test_the_same_line_runs_under_ray_job_submit(world, job_server):
+    places = {"manifest": world / "manifest", "registry": world / "registry", "output": world / "tables"}
+    fields = [argument for name, place in places.items() for argument in (f"--{name}", str(place))]
+    line = ["python", "-m", "jobs.predict", *fields, "--bundles", "tiny", "--run_id", "submitted"]
+    submit = ["ray", "job", "submit", "--working-dir", ".", "--", *line]
+    done = subprocess.run(submit, env=job_server, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"status"')))
+    assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 57, 3)
+    assert run_job("verify", output=world / "tables", run_id="submitted")["status"] == "verified"
