@@ -17,7 +17,7 @@ from pipeline.config import JobConfig, load
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.inference.layout import Node
+    from pipeline.cluster import Node
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -83,7 +83,7 @@ def connected_ray() -> Iterator["list[Node]"]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    from pipeline.inference.layout import Node
+    from pipeline.cluster import Node
 
     address = os.environ.get("RAY_ADDRESS", "local")  # left out, Ray would join a neighbour's local cluster
     options = {"include_dashboard": False} if address == "local" else {}

@@ -35,7 +35,12 @@ class JobConfig(BaseSettings):
     """The whole config of one job; frozen, and strict about unknown fields. The environment is not read."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, cli_avoid_json=True, cli_hide_none_type=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",  # as in YAML
     )
 
     @classmethod
@@ -86,6 +91,14 @@ def describe(error: ValidationError) -> str:
         else:
             lines.append(f"{path}: {problem['msg']}, got {problem['input']!r}")
     return "\n".join(lines)
+
+
+def refuse_change(before: dict[str, Any], after: dict[str, Any], remedy: str) -> None:
+    """Raises ConfigError with a line for each field that is another `after` than it was `before`, under `remedy`."""
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
+    if changed:
+        lines = "\n".join(f"{name}: began with {before.get(name)!r}, now {after.get(name)!r}" for name in changed)
+        raise ConfigError(f"{remedy}:\n{lines}")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -68,8 +68,8 @@ class AccessDeniedError(StorageError):
 class ImageError(PipelineError):
     """One image cannot be used; it becomes one row of the `errors` table and harms nothing else.
 
-    `stage` is where it failed (`fetch`, `decode`, `preprocess`, `predict`), `error` a stable snake_case kind to group
-    by (`not_found`, `truncated`, …), the message the rest.
+    `stage` is where it failed (`fetch`, `decode`, `preprocess`, `predict`, `encode`), `error` a stable snake_case
+    kind to group by (`not_found`, `truncated`, …), the message the rest.
     """
 
     def __init__(self, stage: str, error: str, message: str) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -19,26 +19,22 @@ from rich.progress import (
 )
 
 
-class RunProgress:
-    """Images done of all, images/s, ETA, errors and seconds by stage of a run under way.
-
-    A context manager; `update` is called from the driver's thread, the line is written by one of its own, so that a
-    run that stands still still says so.
+class Report:
+    """Tells `status()` while a block runs: on a bar, or as a JSON line every `interval_s`; by a thread of its own, so
+    that work that stands still still says so.
     """
 
-    def __init__(self, *, num_images: int, num_done: int, interval_s: float) -> None:
-        self._num_images, self._num_before, self._num_done = num_images, num_done, num_done
-        self._num_errors = 0
-        self._seconds: Counter[str] = Counter()
+    def __init__(self, unit: str, *, total: int, num_done: int, interval_s: float) -> None:
+        self._unit, self._total, self._num_done = unit, total, num_done
         self._interval_s = interval_s
         self._stopped = threading.Event()
         self._start = time.monotonic()
         self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
         self._bar = _new_bar() if sys.stderr.isatty() else None
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self) -> Self:
         if self._bar:
-            self._task = self._bar.add_task("images", total=self._num_images, completed=self._num_done, detail="")
+            self._task = self._bar.add_task(self._unit, total=self._total, completed=self._num_done, detail="")
             self._bar.start()
         self._thread.start()
         return self
@@ -52,6 +48,38 @@ class RunProgress:
         if self._bar:
             self._bar.stop()
 
+    def status(self) -> dict[str, Any]:
+        """What the progress line says now."""
+        raise NotImplementedError
+
+    def detail(self, status: dict[str, Any]) -> str:
+        """What stands beside the bar."""
+        raise NotImplementedError
+
+    def _report(self) -> None:
+        while not self._stopped.wait(0.5 if self._bar else self._interval_s):
+            self._write()
+
+    def _write(self) -> None:
+        status = self.status()
+        if self._bar:
+            self._bar.update(self._task, completed=self._num_done, detail=self.detail(status))
+        else:
+            print(json.dumps({"progress": status}), file=sys.stderr, flush=True)
+
+
+class RunProgress(Report):
+    """Images done of all, images/s, ETA, errors and seconds by stage of a run under way.
+
+    A context manager; `update` is called from the driver's thread.
+    """
+
+    def __init__(self, *, num_images: int, num_done: int, interval_s: float) -> None:
+        super().__init__("images", total=num_images, num_done=num_done, interval_s=interval_s)
+        self._num_before = num_done
+        self._num_errors = 0
+        self._seconds: Counter[str] = Counter()
+
     def update(self, *, num_images: int, num_errors: int, seconds: dict[str, float]) -> None:
         """A shard more is written."""
         self._num_done += num_images
@@ -62,10 +90,10 @@ class RunProgress:
         """What the progress line says now; rates count from the start of this attempt."""
         elapsed = time.monotonic() - self._start
         rate = (self._num_done - self._num_before) / elapsed if elapsed else 0.0
-        left = self._num_images - self._num_done
+        left = self._total - self._num_done
         return {
             "images": self._num_done,
-            "of": self._num_images,
+            "of": self._total,
             "images_per_s": round(rate, 1),
             "eta_s": round(left / rate) if rate else None,
             "errors": self._num_errors,
@@ -73,17 +101,37 @@ class RunProgress:
             "seconds_by_stage": {stage: round(seconds, 1) for stage, seconds in self._seconds.items()},
         }
 
-    def _report(self) -> None:
-        while not self._stopped.wait(0.5 if self._bar else self._interval_s):
-            self._write()
+    def detail(self, status: dict[str, Any]) -> str:
+        return f"{status['images_per_s']} images/s, {status['errors']} errors"
 
-    def _write(self) -> None:
-        status = self.status()
-        if self._bar:
-            detail = f"{status['images_per_s']} images/s, {status['errors']} errors"
-            self._bar.update(self._task, completed=self._num_done, detail=detail)
-        else:
-            print(json.dumps({"progress": status}), file=sys.stderr, flush=True)
+
+class TrainingProgress(Report):
+    """Steps done of all, loss, accuracy, images/s, data-wait and ETA of a training under way.
+
+    A context manager; `update` takes what the logbook tells, from the driver's thread.
+    """
+
+    def __init__(self, *, num_steps: int, interval_s: float) -> None:
+        super().__init__("steps", total=num_steps, num_done=0, interval_s=interval_s)
+        self._last: dict[str, Any] = {}
+
+    def update(self, told: dict[str, Any]) -> None:
+        """Rank 0 looked, or the network was evaluated."""
+        self._last = {**self._last, **told}
+        self._num_done = self._last.get("step", 0)
+
+    def status(self) -> dict[str, Any]:
+        """What the progress line says now."""
+        rounded = {name: _rounded(value) for name, value in self._last.items()}
+        return {"step": 0, "of": self._total, **rounded, "elapsed_s": round(time.monotonic() - self._start, 1)}
+
+    def detail(self, status: dict[str, Any]) -> str:
+        names = ("loss", "top1", "images_per_s", "data_wait_share", "evaluation_top1")
+        return ", ".join(f"{name} {status[name]}" for name in names if name in status)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _new_bar() -> Progress:

@@ -53,6 +53,12 @@ def test_a_config_survives_its_own_yaml(yaml_file):
     assert load(Example, yaml_file(config.to_yaml())) == config
 
 
+def test_null_unsets_a_field_on_the_command_line_as_it_does_in_yaml(yaml_file):
+    in_yaml = yaml_file("manifest: m\nnote: something")
+    assert load(Example, [*in_yaml, "--note", "null"]).note is None
+    assert load(Example, yaml_file("manifest: m\nnote: null")).note is None
+
+
 def test_the_environment_is_not_read(monkeypatch):
     monkeypatch.setenv("NOTE", "from the environment")
     assert load(Example, ["--manifest", "m"]).note is None

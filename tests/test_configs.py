@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from jobs.import_model import ImportConfig
 from jobs.manifest import ManifestConfig
+from jobs.pack import PackConfig
 from pipeline.config import JobConfig, load
 from pipeline.inference.plan import PredictConfig
 
@@ -17,6 +18,7 @@ TYPES: dict[str, type[JobConfig]] = {
     "classify": PredictConfig,
     "embed": PredictConfig,
     "manifest": ManifestConfig,
+    "pack": PackConfig,
     "import_model": ImportConfig,
     "import_cifar": ImportConfig,
 }

@@ -6,14 +6,17 @@ ids, no times.
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, field_validator
 
 from pipeline import storage
+from pipeline.config import Section
 from pipeline.data.manifest import Shard
 from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, StorageError
 
@@ -22,11 +25,37 @@ _TAR_CHUNKS_AT_ONCE = 2  # and as many again read ahead
 _PACKED_ROWS = 32
 
 
+class ReadLimits(Section):
+    """Which images are read, and how hard."""
+
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Images with more pixels than this are refused before they are decoded."""
+    allowed_roots: list[str] = Field([f"{scheme}://" for scheme in storage.SCHEMES], min_length=1)
+    """URI prefixes the manifest's images may lie under; others become `fetch/not_allowed` errors."""
+    fetch_concurrency: int = Field(32, ge=1, le=512)
+    """Requests in flight per actor or worker."""
+    max_bytes: int = Field(1 << 30, ge=1)
+    """Objects larger than this, in bytes, are refused before they are fetched."""
+
+    @field_validator("allowed_roots")
+    @classmethod
+    def _in_one_spelling(cls, roots: list[str]) -> list[str]:
+        return [root if root.endswith("://") else storage.normalise(root) for root in roots]
+
+
 @dataclass(frozen=True, slots=True)
-class _Image:
+class ImageRef:
+    """An image as a manifest's row names it: where it is, and what is known of its content."""
+
     uri: str
     size: int | None
     etag: str | None
+
+
+def image_refs(images: pa.Table) -> list[ImageRef]:
+    """The rows of a manifest's shard."""
+    columns = (images[name].to_pylist() for name in ("uri", "size", "etag"))
+    return [ImageRef(*row) for row in zip(*columns, strict=True)]
 
 
 def read_shard(
@@ -39,10 +68,9 @@ def read_shard(
     `too_large` (loose, over `max_bytes`), `not_allowed` (outside `allowed_roots`), `storage_error` (the store failed,
     after its retries), `unreadable` (a damaged packed source). Nothing is raised for an image.
     """
-    columns = (images[name].to_pylist() for name in ("uri", "size", "etag"))
-    rows = [_Image(*row) for row in zip(*columns, strict=True)]
+    rows = image_refs(images)
     if shard.source is None:
-        fetch = partial(_fetch, allowed_roots=allowed_roots, max_bytes=max_bytes)
+        fetch = partial(fetch_image, allowed_roots=allowed_roots, max_bytes=max_bytes)
         yield from storage.map_concurrently(fetch, rows, concurrency)
         return
     error = None if _is_allowed(shard.source, allowed_roots) else _not_allowed(shard.source)
@@ -51,7 +79,8 @@ def read_shard(
     yield from _matched(rows, found, shard.source, error)
 
 
-def _fetch(image: _Image, allowed_roots: Sequence[str], max_bytes: int) -> bytes | ImageError:
+def fetch_image(image: ImageRef, *, allowed_roots: Sequence[str], max_bytes: int) -> bytes | ImageError:
+    """The encoded bytes of one loose image, or why they cannot be had, as `read_shard` says."""
     if not _is_allowed(image.uri, allowed_roots):
         return _not_allowed(image.uri)
     try:
@@ -69,7 +98,7 @@ def _fetch(image: _Image, allowed_roots: Sequence[str], max_bytes: int) -> bytes
 
 
 def _matched(
-    rows: list[_Image], found: Iterator[tuple[str, bytes]], source: str, error: ImageError | None
+    rows: list[ImageRef], found: Iterator[tuple[str, bytes]], source: str, error: ImageError | None
 ) -> Iterator[bytes | ImageError]:
     """`found` against the manifest's rows, in the same order, perhaps fewer; after an error, one for each row left."""
     done = 0
@@ -84,6 +113,32 @@ def _matched(
         error = exception if isinstance(exception, ImageError) else _as_image_error(exception, source)
     for row in rows[done:]:
         yield error or ImageError("fetch", "not_found", f"expected an image at {row.uri!r}, found none in {source!r}")
+
+
+def refusing_outages(
+    encoded: Iterator[bytes | ImageError], shard: Shard, *, max_storage_errors: int, accept_lost_shards: bool
+) -> Iterator[bytes | ImageError]:
+    """What `read_shard` yields, ended where it looks like a store that is down or shut rather than like bad images.
+
+    Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and where all of
+    several are gone or denied, unless `accept_lost_shards`.
+    """
+    most = min(max_storage_errors, shard.num_images - 1)
+    kinds: Counter[str] = Counter()
+    for item in encoded:
+        if isinstance(item, ImageError):
+            kinds[item.error] += 1
+            if kinds["storage_error"] > most:
+                raise StorageError(
+                    f"shard {shard.shard_id}: expected at most {most} images lost to a failing store, got more, e.g. "
+                    f"{item.message}. Nothing of the shard is committed: run again when it is back"
+                )
+        yield item
+    if kinds["not_found"] + kinds["access_denied"] == shard.num_images > 1 and not accept_lost_shards:
+        raise StorageError(
+            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({dict(kinds)}). Is the "
+            "folder mounted, the key valid? Run again then, or with images.accept_lost_shards to make them error rows"
+        )
 
 
 # --- packed sources ------------------------------------------------------------------------------------------------
@@ -163,7 +218,7 @@ def _refuse_changed(shard: Shard, etag: str | None) -> None:
         raise _changed(shard.source, f"etag {shard.source_etag}", f"etag {etag}")
 
 
-def _of_expected_size(image: _Image, data: bytes) -> bytes | ImageError:
+def _of_expected_size(image: ImageRef, data: bytes) -> bytes | ImageError:
     if image.size is not None and image.size != len(data):
         return _changed(image.uri, f"{image.size} bytes", f"{len(data)}")
     return data

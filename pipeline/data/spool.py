@@ -71,7 +71,7 @@ def spool(
         pa.ipc.new_stream(file, schema, options=options) as stream,
     ):
         for batch in _selected(source.batches(), selection, skipped):
-            hashes.add(_hash(batch["uri"]))
+            hashes.add(hash_uris(batch["uri"]))
             for entry in pc.value_counts(batch["label"].drop_null()).to_pylist():
                 labels[entry["values"]] += entry["counts"]
             stream.write_batch(batch)
@@ -94,7 +94,7 @@ def _selected(
         _refuse_strangers(batch["source"].unique() if is_packed else batch["uri"], selection.allowed_roots)
         taken = batch
         if selection.sample is not None:
-            drawn = _hash(batch["uri"], selection.seed) < np.uint64(min(selection.sample, 1 - 2**-53) * 2.0**64)
+            drawn = hash_uris(batch["uri"], selection.seed) < np.uint64(min(selection.sample, 1 - 2**-53) * 2.0**64)
             taken = batch.filter(pa.array(drawn))
             skipped["not_sampled"] += len(batch) - len(taken)
         if room is not None:
@@ -118,7 +118,8 @@ def _refuse_strangers(uris: pa.Array, allowed_roots: Sequence[str]) -> None:
             )
 
 
-def _hash(uris: pa.Array, seed: int | None = None) -> Hashes:
+def hash_uris(uris: pa.Array, seed: int | None = None) -> Hashes:
+    """A 64-bit hash of each uri, another one under each `seed`."""
     import pandas.util  # type: ignore[import-untyped]  # half a second that readers of manifests need not wait
 
     key = "duplicate-search" if seed is None else f"{seed % 2**64:016x}"
@@ -154,7 +155,7 @@ def _refuse_duplicates(spooled: Spool, suspects: Hashes) -> None:
         return
     counts: Counter[str] = Counter()
     for batch in spooled.batches():
-        counts.update(batch["uri"].filter(pa.array(np.isin(_hash(batch["uri"]), suspects))).to_pylist())
+        counts.update(batch["uri"].filter(pa.array(np.isin(hash_uris(batch["uri"]), suspects))).to_pylist())
         twice = [uri for uri, count in counts.items() if count > 1]
         if len(twice) >= _DUPLICATES_NAMED:
             break

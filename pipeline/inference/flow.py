@@ -23,10 +23,11 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
+from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
-from pipeline.inference.layout import Layout, Node, choose_layout
+from pipeline.inference.layout import Layout, choose_layout
 from pipeline.inference.plan import Model, Plan, PredictConfig, Run, make_plan, record_run
 from pipeline.inference.reconcile import reconcile
 from pipeline.tables.writing import table_uri
@@ -61,7 +62,13 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     if config.dry_run:
         return {"status": "dry run", **_describe(plan, layout)}
     record_run(plan, config)
-    images_per_s = _run_and_commit(plan, layout, config.progress_interval_s)
+    images_per_s = commit_receipts(
+        plan.run.uri,
+        run_shards(plan, layout),
+        num_images=manifest.num_images,
+        num_done=manifest.num_images - sum(shard.num_images for shard in plan.pending_shards()),
+        progress_interval_s=config.progress_interval_s,
+    )
     tables = {name: table_uri(plan.run.output_uri, name, plan.run.run_id) for name in plan.run.table_names}
     for folder in (plan.run.uri, *tables.values()):
         storage.sweep_temporary_files(folder)
@@ -79,17 +86,20 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     return summary
 
 
-def _run_and_commit(plan: Plan, layout: Layout, progress_interval_s: float) -> float:
-    """Do what is pending; the images per second of this attempt, actors' start included."""
-    num_images = plan.run.num_images
-    num_done = num_images - sum(shard.num_images for shard in plan.pending_shards())
+def commit_receipts(
+    run_uri: str, receipts: Iterator[Receipt], *, num_images: int, num_done: int, progress_interval_s: float
+) -> float:
+    """Commit receipts as they come; the images per second of this attempt, the workers' start included.
+
+    `num_done` of `num_images` were committed before. Raises what `receipts` raises, RunError, StorageError.
+    """
     with (
         RunProgress(num_images=num_images, num_done=num_done, interval_s=progress_interval_s) as progress,
         ThreadPoolExecutor(_COMMITS_IN_FLIGHT, thread_name_prefix="commit") as pool,
     ):
         commits: deque[Future[None]] = deque()
-        for receipt in run_shards(plan, layout):
-            commits.append(pool.submit(commit, plan.run.uri, receipt))
+        for receipt in receipts:
+            commits.append(pool.submit(commit, run_uri, receipt))
             while len(commits) > _COMMITS_IN_FLIGHT or (commits and commits[0].done()):
                 commits.popleft().result()
             progress.update(num_images=receipt.num_images, num_errors=receipt.num_errors, seconds=receipt.seconds)
@@ -117,14 +127,12 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
 
     Needs a connected Ray. Raises RunError where a shard kills its process `MAX_DEATHS` times, or work on it fails.
     """
-    _configure_ray_data()
-    shards = [{"shard": json.dumps(asdict(shard))} for shard in plan.pending_shards()]
+    shards = list(plan.pending_shards())
     if not shards:
         return
     num_actors = min(layout.num_actors, len(shards))
-    attempts = _start_attempts()
-    dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
-    worker = {"run": plan.run, "attempts": attempts}
+    dataset = shard_dataset(shards)
+    worker = {"run": plan.run, "attempts": start_attempts()}
     if layout.form == "split":
         dataset = dataset.map_batches(decode_shard, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
     dataset = dataset.map_batches(
@@ -136,10 +144,22 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         num_gpus=layout.gpus_per_actor or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors, initial_size=num_actors),
     )
-    yield from _receipts(dataset)
+    yield from receipts_of(dataset)
 
 
-def _receipts(dataset: ray.data.Dataset) -> Iterator[Receipt]:
+def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
+    """A dataset of one row, and one block, for each shard: `shard_of` reads it back."""
+    _configure_ray_data()
+    return ray.data.from_items(
+        [{"shard": json.dumps(asdict(shard))} for shard in shards], override_num_blocks=len(shards)
+    )
+
+
+def receipts_of(dataset: ray.data.Dataset) -> Iterator[Receipt]:
+    """The receipts that a dataset's last stage made with `receipt_row`, as they come.
+
+    Raises RunError with the reason where a worker failed.
+    """
     try:
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
             for text in batch["receipt"].to_pylist():
@@ -165,15 +185,15 @@ class PredictFused:
         from pipeline.inference.predictor import Predictor
 
         self._run, self._attempts = run, attempts
-        self._manifest = _open_unchanged(run)
+        self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
         self._predictor = Predictor(run)
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.data.loader import LoadLog
         from pipeline.inference.shard import load_shard, predict_shard
 
-        shard = _shard_of(rows)
-        attempt = _begin(self._attempts, "all", shard)
+        shard = shard_of(rows)
+        attempt = begin_attempt(self._attempts, "all", shard)
         log = LoadLog()
         batches = load_shard(
             self._run,
@@ -185,7 +205,7 @@ class PredictFused:
             log=log,
         )
         receipt = predict_shard(self._run, self._manifest, shard, batches, self._predictor, log=log, attempt=attempt)
-        return _receipt_row(receipt)
+        return receipt_row(receipt)
 
 
 def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
@@ -195,11 +215,11 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     from pipeline.inference.shard import DecodedShard, load_shard
     from pipeline.models.bundle import Bundle
 
-    shard = _shard_of(rows)
-    attempt = _begin(attempts, "decode", shard)
+    shard = shard_of(rows)
+    attempt = begin_attempt(attempts, "decode", shard)
     log = LoadLog()
     preprocessings = distinct_preprocessings([Bundle.load(model.uri) for model in run.models])
-    manifest = _open_unchanged(run)
+    manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     batches = load_shard(run, manifest, shard, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
     return DecodedShard.gather(shard, attempt, list(batches), preprocessings, log).to_row()
 
@@ -211,14 +231,14 @@ class PredictSplit:
         from pipeline.inference.predictor import Predictor
 
         self._run, self._attempts = run, attempts
-        self._manifest = _open_unchanged(run)
+        self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
         self._predictor = Predictor(run)
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.inference.shard import DecodedShard, predict_shard
 
         decoded = DecodedShard.from_row(rows)
-        _begin(self._attempts, "predict", decoded.shard)
+        begin_attempt(self._attempts, "predict", decoded.shard)
         receipt = predict_shard(
             self._run,
             self._manifest,
@@ -228,39 +248,44 @@ class PredictSplit:
             log=decoded.log,
             attempt=decoded.attempt,
         )
-        return _receipt_row(receipt)
+        return receipt_row(receipt)
 
 
-def _open_unchanged(run: Run) -> Manifest:
-    manifest = Manifest.open(run.manifest_uri)
-    if manifest.digest != run.manifest_digest:
-        raise RunError(f"{run.manifest_uri}: expected the manifest the run began with, found another in its place")
+def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
+    """The manifest of a run under way. Raises RunError where another has taken its place."""
+    manifest = Manifest.open(manifest_uri)
+    if manifest.digest != digest:
+        raise RunError(f"{manifest_uri}: expected the manifest the run began with, found another in its place")
     return manifest
 
 
-def _receipt_row(receipt: Receipt) -> Row:
+def receipt_row(receipt: Receipt) -> Row:
+    """What a worker returns for a shard that it has written."""
     here = ray.get_runtime_context().get_node_id()
     return {"receipt": np.array([replace(receipt, node=here).to_json()], dtype=object)}
 
 
-def _begin(attempts: Any, stage: str, shard: Shard) -> int:
+def begin_attempt(attempts: Any, stage: str, shard: Shard) -> int:
+    """The number of this attempt at a stage of the shard, from 1. Raises RunError after `MAX_DEATHS` of them."""
     attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
     if attempt > MAX_DEATHS:
         raise RunError(
             f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
-            "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller compute.batch_size, fewer "
-            "actors) or lost nodes, then run again"
+            "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches or shards, "
+            "fewer actors) or lost nodes, then run again"
         )
     return attempt
 
 
-def _start_attempts() -> Any:
+def start_attempts() -> Any:
+    """A handle on a new `ShardAttempts`."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     return ray.remote(ShardAttempts).options(**options).remote()
 
 
-def _shard_of(rows: Row) -> Shard:
+def shard_of(rows: Row) -> Shard:
+    """The shard of a row of `shard_dataset`."""
     return Shard(**json.loads(rows["shard"][0]))
 
 

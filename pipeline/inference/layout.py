@@ -4,18 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.cluster import Device, Node, choose_device
 from pipeline.errors import ConfigError
-from pipeline.inference.plan import ComputeConfig, Device
+from pipeline.inference.plan import ComputeConfig
 
 _MOST_CPUS_PER_ACTOR = 4  # a ResNet's forward pass scales little beyond
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What one node of the cluster offers."""
-
-    cpus: int
-    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +22,12 @@ class Layout:
     gpus_per_actor: int
 
 
-def choose_device(nodes: Sequence[Node], compute: ComputeConfig) -> Device:
-    """The device of the networks. Raises ConfigError where `cuda` is asked of a cluster without GPUs."""
-    has_gpus = any(node.gpus for node in nodes)
-    if compute.device == "cuda" and not has_gpus:
-        raise ConfigError("compute.device: cuda asked for, but no node of the cluster has a GPU; use cpu or auto")
-    if compute.device == "auto":
-        return "cuda" if has_gpus else "cpu"
-    return compute.device
-
-
 def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
     """The layout that fits the cluster, never more actors than shards.
 
     Raises ConfigError where it cannot fit, saying what was asked and what there is: Ray would wait for ever.
     """
-    device = choose_device(nodes, compute)
+    device = choose_device(nodes, compute.device)
     return _on_gpus(nodes, compute, num_shards) if device == "cuda" else _on_cpus(nodes, compute, num_shards)
 
 

@@ -10,6 +10,7 @@ from pipeline.errors import ImageError
 from pipeline.inference.plan import Run
 from pipeline.inference.predictor import ModelOutput, Predictor
 from pipeline.tables.schemas import TableName, schema
+from pipeline.tables.writing import errors_table
 
 
 class ShardOutputs:
@@ -62,7 +63,7 @@ def build_tables(run: Run, images: pa.Table, predictor: Predictor, outputs: Shar
             _embeddings(predicted, run.models[index].name, batches, target) for index, batches in enumerate(by_model)
         ]
         tables["embeddings"] = pa.concat_tables(parts).take(pa.array(interleaved))
-    tables["errors"] = _errors(images, outputs.errors, schema("errors", lineage=lineage))
+    tables["errors"] = errors_table(images, outputs.errors, lineage)
     return tables
 
 
@@ -96,21 +97,6 @@ def _embeddings(images: pa.Table, model: str, outputs: list[ModelOutput], target
             "etag": images["etag"],
             "embedding": _lists(embeddings),
             "model": pa.repeat(pa.scalar(model), images.num_rows),
-        },
-        schema=target,
-    )
-
-
-def _errors(images: pa.Table, errors: dict[int, ImageError], target: pa.Schema) -> pa.Table:
-    rows = sorted(errors)
-    failed = images.take(pa.array(rows, pa.int64()))
-    return pa.table(
-        {
-            "uri": failed["uri"],
-            "etag": failed["etag"],
-            "stage": pa.array([errors[row].stage for row in rows], pa.string()),
-            "error": pa.array([errors[row].error for row in rows], pa.string()),
-            "message": pa.array([errors[row].message for row in rows], pa.string()),
         },
         schema=target,
     )

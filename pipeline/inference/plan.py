@@ -9,15 +9,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline import storage
-from pipeline.config import JobConfig, Section, describe
+from pipeline.cluster import Device
+from pipeline.config import JobConfig, Section, describe, refuse_change
 from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.readers import ReadLimits
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
 from pipeline.inference.commit import committed_shard_ids, run_uri
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.tables.schemas import TABLES, EmbeddingType, TableName
-
-Device = Literal["cpu", "cuda"]
 
 
 class TablesConfig(Section):
@@ -39,29 +39,19 @@ class TablesConfig(Section):
     """Scale each embedding to unit length."""
 
 
-class ImagesConfig(Section):
+class ImagesConfig(ReadLimits):
     """How images are read."""
 
-    max_pixels: int = Field(100_000_000, ge=1)
-    """Images with more pixels than this are refused before they are decoded."""
-    allowed_roots: list[str] = Field([f"{scheme}://" for scheme in storage.SCHEMES], min_length=1)
-    """URI prefixes the manifest's images may lie under; others become `fetch/not_allowed` errors."""
-
-    @field_validator("allowed_roots")
-    @classmethod
-    def _in_one_spelling(cls, roots: list[str]) -> list[str]:
-        return [root if root.endswith("://") else storage.normalise(root) for root in roots]
-
-    fetch_concurrency: int = Field(32, ge=1, le=512)
-    """Requests in flight per actor."""
-    max_bytes: int = Field(1 << 30, ge=1)
-    """Objects larger than this, in bytes, are refused before they are fetched."""
     accept_lost_shards: bool = False
     """Make error rows of a shard none of whose images can be fetched; else that stops the run: a folder that is not
     mounted or a key that was withdrawn looks just so."""
     max_storage_errors: int = Field(10, ge=0)
     """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
     gone on with when the store is back; fewer become rows of the errors table."""
+
+    def deciding_fields(self) -> dict[str, Any]:
+        """Those that decide which images become rows of the errors table; how hard to fetch may change."""
+        return self.model_dump(exclude={"fetch_concurrency", "max_storage_errors", "accept_lost_shards"})
 
 
 class ComputeConfig(Section):
@@ -280,17 +270,14 @@ def _read_run(uri: str) -> Run | None:
 
 def _refuse_change(earlier: Run, now: Run) -> None:
     """Fields that decide the tables' bytes must be those it began with; places and how hard to fetch may change."""
-    before, after = _deciding_fields(earlier), _deciding_fields(now)
-    changed = [name for name in before if before[name] != after[name]]
-    if changed:
-        lines = "\n".join(f"{name}: began with {before[name]!r}, now {after[name]!r}" for name in changed)
-        raise ConfigError(f"run {now.run_id!r} began otherwise; go back to that, or set another run_id:\n{lines}")
+    remedy = f"run {now.run_id!r} began otherwise; go back to that, or set another run_id"
+    refuse_change(_deciding_fields(earlier), _deciding_fields(now), remedy)
 
 
 def _deciding_fields(run: Run) -> dict[str, Any]:
     fields = run.model_dump(exclude={"manifest_uri"})
     fields["models"] = [model.model_dump(exclude={"uri"}) for model in run.models]
-    fields["images"] = run.images.model_dump(exclude={"fetch_concurrency", "max_storage_errors", "accept_lost_shards"})
+    fields["images"] = run.images.deciding_fields()
     return fields
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,16 @@ from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipt
 from pipeline.inference.plan import Run
 from pipeline.tables.schemas import TABLES, TableName
 from pipeline.tables.writing import shard_path, table_uri
+
+
+class Whole(Protocol):
+    """What receipts must add up to: a run, or the manifest that is worked through."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    @property
+    def num_shards(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -52,24 +62,24 @@ class Totals:
         }
 
 
-def reconcile(run: Run, receipts: Iterator[Receipt]) -> Totals:
-    """Add up the receipts of a run that ended; every image must be accounted for.
+def reconcile(whole: Whole, receipts: Iterator[Receipt]) -> Totals:
+    """Add up the receipts of work that ended; every image must be accounted for.
 
-    Raises ReconcileError where they do not add up to the manifest's images.
+    Raises ReconcileError where they do not add up to the images of `whole`.
     """
     totals = Totals()
     for receipt in receipts:
         if receipt.num_predicted + receipt.num_errors != receipt.num_images:
             raise ReconcileError(
                 f"shard {receipt.shard_id}: expected {receipt.num_images} images accounted for, got "
-                f"{receipt.num_predicted} predicted and {receipt.num_errors} errors",
+                f"{receipt.num_predicted} with a result and {receipt.num_errors} errors",
                 **totals.as_dict(),
             )
         totals.add(receipt)
-    if (totals.num_shards, totals.num_images) != (run.num_shards, run.num_images):
+    if (totals.num_shards, totals.num_images) != (whole.num_shards, whole.num_images):
         raise ReconcileError(
-            f"expected {run.num_images} images in {run.num_shards} shards accounted for, got {totals.num_images} in "
-            f"{totals.num_shards}; run the same command again",
+            f"expected {whole.num_images} images in {whole.num_shards} shards accounted for, got "
+            f"{totals.num_images} in {totals.num_shards}; run the same command again",
             **totals.as_dict(),
         )
     return totals

@@ -18,9 +18,9 @@ import torch
 from pipeline.data import images as image_data
 from pipeline.data.loader import Batch, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.readers import read_shard
+from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ImageError, StorageError
+from pipeline.errors import ImageError
 from pipeline.inference.commit import Receipt
 from pipeline.inference.outputs import ShardOutputs, build_tables
 from pipeline.inference.plan import Run
@@ -51,12 +51,18 @@ def load_shard(
         max_bytes=run.images.max_bytes,
         concurrency=run.images.fetch_concurrency,
     )
+    not_an_outage = refusing_outages(
+        encoded,
+        shard,
+        max_storage_errors=run.images.max_storage_errors,
+        accept_lost_shards=run.images.accept_lost_shards,
+    )
     with ExitStack() as stack:
         decode = image_data.decode
         if isolated:
             decode = stack.enter_context(image_data.IsolatedDecoder()).decode
         yield from load_batches(
-            _refusing_outages(run, shard, encoded),
+            not_an_outage,
             partial(decode, max_pixels=run.images.max_pixels),
             preprocessings,
             batch_size=run.batch_size,
@@ -158,23 +164,3 @@ def predict_shard(
         },
         attempt=attempt,
     )
-
-
-def _refusing_outages(run: Run, shard: Shard, encoded: Iterator[bytes | ImageError]) -> Iterator[bytes | ImageError]:
-    """`encoded`, ended by StorageError where it looks like a store that is down or shut rather than like bad images."""
-    most = min(run.images.max_storage_errors, shard.num_images - 1)
-    kinds: Counter[str] = Counter()
-    for item in encoded:
-        if isinstance(item, ImageError):
-            kinds[item.error] += 1
-            if kinds["storage_error"] > most:
-                raise StorageError(
-                    f"shard {shard.shard_id}: expected at most {most} images lost to a failing store, got more, e.g. "
-                    f"{item.message}. Nothing of the shard is committed: run again when it is back"
-                )
-        yield item
-    if kinds["not_found"] + kinds["access_denied"] == shard.num_images > 1 and not run.images.accept_lost_shards:
-        raise StorageError(
-            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({dict(kinds)}). Is the "
-            "folder mounted, the key valid? Run again then, or with images.accept_lost_shards to make them error rows"
-        )

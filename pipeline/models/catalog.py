@@ -4,6 +4,8 @@ build("resnet50", num_classes=1000)              ours, weights interchangeable w
 build("plain34", 1000)                           ours, without shortcuts
 build("cifar_resnet20", 10, shortcut="B")        ours, for 32-pixel images; any 6n+2
 build("cifar_plain20", 10)
+build("preact_resnet200", 1000)                  ours, activations before convolutions
+build("cifar_preact_resnet1001", 10)             ours, for 32-pixel images; any 6n+2 or 9n+2
 build("densenet121", 1000)                       torchvision's, by its name there
 """
 
@@ -11,15 +13,32 @@ import difflib
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models import resnet
+from pipeline.models.preact import PREACT_IMAGENET_STAGES, cifar_preact_resnet, preact_resnet
+from pipeline.models.resnet import IMAGENET_STAGES, cifar_resnet, resnet
 
-_IMAGENET_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
-_CIFAR_NAMES = tuple(f"cifar_{kind}{depth}" for kind in ("resnet", "plain") for depth in (20, 32, 44, 56, 110, 1202))
+_IMAGENET_NAMES = (
+    *(f"resnet{depth}" for depth in IMAGENET_STAGES),
+    *("plain18", "plain34"),
+    *(f"preact_resnet{depth}" for depth in PREACT_IMAGENET_STAGES),
+)
+_CIFAR_NAMES = (
+    *(f"cifar_{kind}{depth}" for kind in ("resnet", "plain") for depth in (20, 32, 44, 56, 110, 1202)),
+    *(f"cifar_preact_resnet{depth}" for depth in (20, 32, 44, 56, 110, 164, 1001)),
+)
+_FAMILY: dict[str, Callable[..., nn.Module]] = {
+    "resnet": resnet,
+    "plain": partial(resnet, shortcut="none"),
+    "preact_resnet": preact_resnet,
+    "cifar_resnet": cifar_resnet,
+    "cifar_plain": partial(cifar_resnet, shortcut="none"),
+    "cifar_preact_resnet": cifar_preact_resnet,
+}
 
 # torchvision warns unless told what to do about these; the auxiliary heads exist for training only.
 _TORCHVISION_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -79,20 +98,17 @@ def build(architecture: str, num_classes: int, **arguments: Any) -> Network:
 
 def family_member(architecture: str) -> Callable[..., nn.Module] | None:
     """The constructor of a net of this package's ResNet family, or None where the name is not of it."""
-    parts = re.fullmatch(r"(cifar_)?(resnet|plain)([1-9]\d{0,4})", architecture)
-    if parts is None:
+    parts = re.fullmatch(r"(\D+)([1-9]\d{0,4})", architecture)
+    if parts is None or parts[1] not in _FAMILY:
         return None
-    is_cifar, kind, depth = bool(parts[1]), parts[2], int(parts[3])
-    if not is_cifar and architecture not in _IMAGENET_NAMES:
+    kind, depth = parts[1], int(parts[2])
+    if not kind.startswith("cifar_") and architecture not in _IMAGENET_NAMES:
         return None
 
     def construct(num_classes: int, **arguments: Any) -> nn.Module:
-        if kind == "plain":
-            if "shortcut" in arguments:
-                raise ConfigError(f"{architecture}: a plain net has no shortcut to choose")
-            arguments["shortcut"] = "none"
-        family = resnet.cifar_resnet if is_cifar else resnet.resnet
-        return family(depth, num_classes, **arguments)
+        if "plain" in kind and "shortcut" in arguments:
+            raise ConfigError(f"{architecture}: a plain net has no shortcut to choose")
+        return _FAMILY[kind](depth, num_classes, **arguments)
 
     return construct
 
@@ -114,7 +130,7 @@ def torchvision_classifier(architecture: str) -> Callable[..., nn.Module] | None
 
 
 def names() -> list[str]:
-    """Every architecture that `build` knows, sorted; of the CIFAR nets, any other 6n+2 will do as well."""
+    """Every architecture that `build` knows, sorted; of the CIFAR nets, other depths will do as well."""
     from torchvision import models
 
     return sorted({*_IMAGENET_NAMES, *_CIFAR_NAMES, *models.list_models(module=models)})

@@ -8,7 +8,7 @@ endpoint come from the environment alone.
 Source of the names' rules: object_store `Path`, S3 "Naming Amazon S3 objects".
 """
 
-from pipeline.storage.concurrency import map_concurrently
+from pipeline.storage.concurrency import map_concurrently, run_ahead
 from pipeline.storage.listing import list_folders, list_objects
 from pipeline.storage.names import SCHEMES, is_under, join, normalise, split
 from pipeline.storage.objects import ObjectInfo, StoredObject
@@ -33,6 +33,7 @@ __all__ = [
     "open_file",
     "read",
     "read_object",
+    "run_ahead",
     "split",
     "sweep_temporary_files",
     "write",

@@ -59,6 +59,22 @@ def chain_ahead(sources: Iterable[Callable[[], Iterator[T]]], concurrency: int) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def run_ahead(source: Iterable[T], num_items: int) -> Iterator[T]:
+    """The items of `source`, made in a thread of its own, at most `num_items` ahead of the reader.
+
+    An exception is raised at its item's turn. The thread does not outlive the iterator.
+    """
+    stop = threading.Event()
+    items: queue.Queue[Any] = queue.Queue(maxsize=num_items)
+    thread = threading.Thread(target=_drain, args=(lambda: iter(source), items, stop), name="ahead", daemon=True)
+    thread.start()
+    try:
+        yield from _taken(items)
+    finally:
+        stop.set()
+        thread.join()
+
+
 def _drain(source: Callable[[], Iterator[T]], into: "queue.Queue[Any]", stop: threading.Event) -> None:
     """Put the source's items into the queue, then `_END` or the exception it ended with; give up at `stop`."""
 

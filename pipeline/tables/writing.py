@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.tables.schemas import TableName
+from pipeline.errors import ImageError
+from pipeline.tables.schemas import TableName, schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class WrittenFile:
     num_rows: int
     num_bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: str, num_rows: int, data: bytes) -> "WrittenFile":
+        """The record of a file that holds `data`."""
+        return cls(path, num_rows, len(data), hashlib.sha256(data).hexdigest())
 
 
 def table_uri(output_uri: str, table: TableName, run_id: str) -> str:
@@ -38,8 +44,24 @@ def write_shard(output_uri: str, run_id: str, shard_id: int, tables: Mapping[Tab
         path = shard_path(name, run_id, shard_id)
         data = encode(table)
         storage.write(storage.join(output_uri, path), data)
-        written.append(WrittenFile(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest()))
+        written.append(WrittenFile.of(path, table.num_rows, data))
     return written
+
+
+def errors_table(images: pa.Table, errors: Mapping[int, ImageError], lineage: dict[str, str]) -> pa.Table:
+    """The `errors` table of a shard of `images` (manifest columns): a row for each of `errors`, given by position."""
+    rows = sorted(errors)
+    failed = images.take(pa.array(rows, pa.int64()))
+    return pa.table(
+        {
+            "uri": failed["uri"],
+            "etag": failed["etag"],
+            "stage": pa.array([errors[row].stage for row in rows], pa.string()),
+            "error": pa.array([errors[row].error for row in rows], pa.string()),
+            "message": pa.array([errors[row].message for row in rows], pa.string()),
+        },
+        schema=schema("errors", lineage=lineage),
+    )
 
 
 def encode(table: pa.Table) -> bytes:

@@ -1,26 +1,26 @@
 """What a training run is told, section by section; each part of the loop is given its own section only."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline import storage
 from pipeline.config import JobConfig, Section
+from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.models.bundle import Architecture, Name
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class DataConfig(Section):
+class DataConfig(ReadLimits):
     """How training images are ordered, fetched and decoded."""
 
-    num_lanes: int = Field(64, ge=1)
+    num_lanes: int = Field(16, ge=1)
     """Streams that the epoch is dealt into, round robin, each reading shards of its own; a worker has whole lanes, so
     this is also the most workers there can be. The order of an epoch depends on it, and not on the workers."""
-    shuffle_window: int = Field(4096, ge=1)
-    """Images of one lane that are shuffled among each other, and for packed shards held in memory; shards are shuffled
-    besides. With fewer images a lane than this, a lane's order is a full permutation."""
+    shuffle_window: int = Field(1000, ge=1)
+    """Images of one lane, in whole shards, that are shuffled among each other and held in memory where shards are
+    packed; shards are shuffled besides. Loose or cached images are shuffled over the whole lane."""
     cache: Literal["none", "memory", "device"] = "none"
     """Where decoded images stay after they were first used: nowhere, in the worker's memory, on its device. For sets
     whose images all have one size, such as CIFAR's."""
@@ -28,17 +28,9 @@ class DataConfig(Section):
     """Threads of a worker that decode; unset: as many as the worker has CPUs."""
     prefetch_batches: int = Field(3, ge=1)
     """Batches decoded ahead of the loop."""
-    fetch_concurrency: int = Field(32, ge=1, le=512)
-    """Requests in flight per worker, for loose objects."""
     max_error_rate: Probability = 0.01
     """Share of the images that may be impossible to fetch or decode; they are skipped, counted and listed in the errors
     table. More stop the run."""
-    max_pixels: int = Field(100_000_000, ge=1)
-    """Images with more pixels than this are refused before they are decoded."""
-    max_bytes: int = Field(1 << 30, ge=1)
-    """Objects larger than this, in bytes, are refused before they are fetched."""
-    allowed_roots: list[str] = Field([f"{scheme}://" for scheme in storage.SCHEMES], min_length=1)
-    """URI prefixes that images may lie under."""
 
 
 class AugmentConfig(Section):
@@ -51,7 +43,7 @@ class AugmentConfig(Section):
     (section 3.4 there). center: the crop of the evaluation."""
     size: int = Field(224, ge=1)
     """Side of the square that the network is trained on, in pixels."""
-    progressive: list[tuple[Probability, int]] = []
+    progressive: list[tuple[Probability, int]] = Field([])
     """Progressive resizing: pairs of (share of the training after which, `size` from there on), smallest share first;
     before the first of them, `size` (Howard, fast.ai DAWNBench 2018)."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -129,7 +121,7 @@ class ScheduleConfig(Section):
     Loshchilov & Hutter 2016, arXiv:1608.03983, without restarts)."""
     unit: Literal["steps", "epochs"] = "epochs"
     """What `milestones` and `warmup` count."""
-    milestones: list[float] = []
+    milestones: list[float] = Field([])
     """When the rate drops, for `step`."""
     gamma: float = Field(0.1, gt=0, lt=1)
     """What it drops by, for `step`."""
@@ -193,9 +185,15 @@ class TrainComputeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has any."""
-    num_workers: int | tuple[int, int] | None = None
-    """Training processes, one per GPU or group of CPUs; a pair is the fewest and the most, and the run goes on with as
-    many as there are, its global batch the same. Unset: one per GPU, or one where there is none."""
+    num_workers: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1, max_length=2)
+    """Training processes, one per GPU or group of CPUs; a pair, [2, 8], is the fewest and the most, and the run goes on
+    with as many as there are, its global batch the same. Unset: one per GPU, or one where there is none."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, num_workers: Any) -> Any:
+        return [num_workers] if isinstance(num_workers, int) else num_workers
+
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs of one; unset: a fair share of the smallest node."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -211,7 +209,7 @@ class TrainComputeConfig(Section):
 
 
 class TrainConfig(JobConfig):
-    """Train a network on a labelled manifest and publish it as a bundle; resume with the same line and --resume true."""
+    """Train a network on a labelled manifest and publish it as a bundle; the same line with --resume true goes on."""
 
     train: str
     """URI of the manifest to train on (made by jobs.manifest or jobs.pack)."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster import Node
 from pipeline.errors import RunError
 from pipeline.inference.flow import MAX_DEATHS, ShardAttempts, predict
-from pipeline.inference.layout import Node
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
 from tests.worlds import config_of, make_world, run_without_ray

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cluster import Node, choose_device
 from pipeline.errors import ConfigError
-from pipeline.inference.layout import Node, choose_device, choose_layout
+from pipeline.inference.layout import choose_layout
 from pipeline.inference.plan import ComputeConfig
 
 AUTO = ComputeConfig()
@@ -63,7 +64,7 @@ def test_gpu_actors_that_leave_no_cpu_to_decode_are_refused_and_not_waited_for(n
 
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match="no node of the cluster has a GPU"):
-        choose_device([Node(cpus=4)], ComputeConfig(device="cuda"))
+        choose_device([Node(cpus=4)], "cuda")
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8), st.sampled_from(["auto", "fused", "split"]))

@@ -1,0 +1,74 @@
+"""Train a network on a labelled manifest and publish the best weights as a bundle.
+
+python -m jobs.train --config configs/train_cifar_10_epochs.yaml --train URI --evaluate_on URI --output URI ...
+python -m jobs.train ... --resume true      goes on from the last checkpoint
+"""
+
+import json
+import time
+from typing import Any
+
+from jobs import connected_ray, run_job
+from pipeline import storage
+from pipeline.cluster import choose_device
+from pipeline.training.config import TrainConfig
+from pipeline.training.run import begin, make_run
+
+
+def main(config: TrainConfig) -> dict[str, Any]:
+    """Run, or resume, the training that `config` describes; publish, and write its records."""
+    start = time.monotonic()
+    run = make_run(config)  # what is wrong here is said before a cluster is waited for
+    from pipeline.telemetry import TrainingProgress
+    from pipeline.training.result import publish, write_records
+    from pipeline.training.trainer import choose_workers, run_workers
+
+    with connected_ray() as nodes:
+        device = choose_device(nodes, config.compute.device)
+        run = run.model_copy(update={"device": device})
+        workers = choose_workers(nodes, config.compute, use_gpu=device == "cuda", num_lanes=config.data.num_lanes)
+        begin(run)
+        with TrainingProgress(num_steps=run.num_steps, interval_s=config.progress_interval_s) as progress:
+            run_workers(run, workers, progress.update)
+    bundle, uri, last = publish(run)
+    best = {name: metric.value for name, metric in bundle.metrics.items()}
+    duration_s = round(time.monotonic() - start, 1)
+    summary: dict[str, Any] = {
+        "status": "done",
+        "run_id": config.run_id,
+        "run": run.uri,
+        "bundle": uri,
+        "digest": bundle.digest,
+        **best,
+        "step": bundle.training["step"],
+        "num_steps": run.num_steps,
+        "num_images": run.num_images,
+        "num_errors": len(last["errors"]),
+        "images_per_s": _median(last["history"], "images_per_s"),
+        "data_wait_share": _median(last["history"], "data_wait_share"),
+        "device": device,
+        "num_workers": workers.most,
+        "duration_s": duration_s,
+        "report": storage.join(run.uri, "report.html"),
+    }
+    facts = {
+        "time": f"{duration_s} s",
+        "images/s": summary["images_per_s"],
+        "data-wait": f"{100 * summary['data_wait_share']:.1f} %",
+        "device": device,
+        "workers": f"{workers.most} of {workers.cpus_per_worker} CPUs",
+        "training images": run.num_images,
+        "network": run.architecture.name,
+    }
+    write_records(run, last, facts)
+    storage.write(storage.join(run.uri, "summary.json"), json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _median(history: list[dict[str, Any]], name: str) -> float:
+    values = sorted(entry[name] for entry in history)
+    return round(float(values[len(values) // 2]), 4)
+
+
+if __name__ == "__main__":
+    run_job(TrainConfig, main)

@@ -1,0 +1,121 @@
+"""The order of training: a function of seed and epoch alone, whatever the number of workers.
+
+    shards, shuffled ──► one stream of images ──► cut into lanes ──► each lane shuffled window by window
+    position p of the epoch = image p // num_lanes of lane p % num_lanes
+    step s of the epoch     = positions [N·s // S, N·(s+1) // S), S steps in all
+
+So a batch has images of every lane, and a worker, which has every world_size-th lane, reads shards of its own. A
+window holds whole shards (but for those that a lane's ends cut), so that packed shards are read once each. The steps of
+an epoch are as even as can be: no batch at its end is too small for its norms.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+_SHARDS, _WINDOW, _DRAWS = range(3)  # what random numbers are for
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Images of one lane that are shuffled among each other: of which shards, and in which order they come.
+
+    `shard_ids` and `rows` int64 n, in the order of training.
+    """
+
+    shard_ids: IntArray
+    rows: IntArray
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch over shards of `shard_sizes` images (int64, in manifest order).
+
+    `shuffle_window` is the number of images of a lane, at least, that are shuffled among each other; None: all of them.
+    """
+
+    shard_sizes: IntArray
+    seed: int
+    epoch: int
+    num_lanes: int
+    shuffle_window: int | None = None
+
+    @cached_property
+    def num_images(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    @cached_property
+    def _shard_ids(self) -> IntArray:
+        return self._rng(_SHARDS).permutation(len(self.shard_sizes))
+
+    @cached_property
+    def _ends(self) -> IntArray:
+        """Where each shuffled shard ends in the stream."""
+        return np.cumsum(self.shard_sizes[self._shard_ids])
+
+    def lane_size(self, lane: int) -> int:
+        """The images of a lane: as many as of any other, or one more."""
+        return len(range(lane, self.num_images, self.num_lanes))
+
+    def windows(self, lane: int, first: int = 0) -> Iterator[tuple[Window, int]]:
+        """The windows of a lane from that of its image `first` on, each with the number of its images to pass over."""
+        done = 0
+        for number, (start, end) in enumerate(self._window_bounds(lane)):
+            size = end - start
+            if first < done + size:
+                yield self._window(lane, number, start, end), max(first - done, 0)
+            done += size
+
+    def draws(self, step: int, num_images: int, num_draws: int) -> npt.NDArray[np.float64]:
+        """Random numbers in [0, 1) for the images of a step, float64 num_images×num_draws."""
+        return self._rng(_DRAWS, step).random((num_images, num_draws))
+
+    def _window_bounds(self, lane: int) -> Iterator[tuple[int, int]]:
+        start = sum(self.lane_size(before) for before in range(lane))
+        lane_end = start + self.lane_size(lane)
+        while start < lane_end:
+            end = lane_end
+            if self.shuffle_window is not None:
+                full = int(np.searchsorted(self._ends, start + self.shuffle_window))  # the shard that fills it
+                end = min(lane_end, int(self._ends[min(full, len(self._ends) - 1)]))
+            yield start, end
+            start = end
+
+    def _window(self, lane: int, number: int, start: int, end: int) -> Window:
+        stream = start + self._rng(_WINDOW, lane, number).permutation(end - start)
+        place = np.searchsorted(self._ends, stream, side="right")
+        shard_ids = self._shard_ids[place]
+        return Window(shard_ids, stream - (self._ends[place] - self.shard_sizes[shard_ids]))
+
+    def _rng(self, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, *purpose])
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """An epoch's positions cut into steps, and dealt to workers."""
+
+    num_images: int
+    batch_size: int
+    num_lanes: int
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """The first position of a step, and that of the next."""
+        return (
+            self.num_images * step // self.num_steps,
+            self.num_images * (step + 1) // self.num_steps,
+        )
+
+    def share(self, step: int, rank: int, world_size: int) -> IntArray:
+        """The positions of a step that are this rank's, ascending: those of every world_size-th lane."""
+        positions = np.arange(*self.bounds(step))
+        share: IntArray = positions[positions % self.num_lanes % world_size == rank]
+        return share

@@ -1,0 +1,99 @@
+"""A labelled manifest as training needs it: every label at hand, and no image in both training and evaluation."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.errors import ManifestError
+
+_MD5 = re.compile(r'"?[0-9a-f]{32}"?')  # the etag of an object that came in one PUT: its content's
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A manifest all of whose images are labelled: its shards, and the labels of each shard, int64."""
+
+    manifest: Manifest
+    shards: list[Shard]
+    labels: list[npt.NDArray[np.int64]]
+
+    @classmethod
+    def open(cls, uri: str) -> "TrainingSet":
+        """The set at `uri`. Raises ManifestError where images have no label, or one that is no class of the manifest's,
+        or all have the same.
+        """
+        manifest = Manifest.open(uri)
+        shards = list(manifest.shards())
+        if not shards:
+            raise ManifestError(f"expected images to train on or to evaluate in {manifest.uri!r}, found none")
+        columns = storage.map_concurrently(lambda shard: manifest.images(shard)["label"], shards, 8)
+        labels = [_labels(column, manifest.uri) for column in columns]
+        found = np.unique(np.concatenate([np.unique(of_shard) for of_shard in labels]))
+        num_classes = len(manifest.classes) if manifest.classes else int(found[-1]) + 1
+        if found[-1] >= num_classes:
+            raise ManifestError(f"expected labels below {num_classes} in {manifest.uri!r}, found {found[-1]}")
+        return cls(manifest, shards, labels)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the labels; where the manifest has only numbers, these."""
+        if self.manifest.classes:
+            return self.manifest.classes
+        return [str(label) for label in range(max(int(labels.max()) for labels in self.labels) + 1)]
+
+    @cached_property
+    def shard_sizes(self) -> npt.NDArray[np.int64]:
+        return np.array([shard.num_images for shard in self.shards], np.int64)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.shards[0].source is not None
+
+    def class_counts(self, num_classes: int) -> npt.NDArray[np.int64]:
+        """How many images each class has, int64 num_classes."""
+        counts = sum(np.bincount(labels, minlength=num_classes) for labels in self.labels)
+        return np.asarray(counts, np.int64)
+
+
+def refuse_overlap(train: TrainingSet, evaluation: TrainingSet) -> None:
+    """Raises ManifestError where an image is in both: the same uri, or the same content as far as etags tell it."""
+    contents = set(_contents(evaluation.manifest))
+    shared = [content for content in _contents(train.manifest) if content in contents]
+    if shared:
+        raise ManifestError(
+            f"expected no image in both {train.manifest.uri!r} and {evaluation.manifest.uri!r}, found {len(shared)}, "
+            f"e.g. {shared[0]!r}: an evaluation on images that were trained on says nothing"
+        )
+
+
+def refuse_one_class(train: TrainingSet) -> None:
+    """Raises ManifestError where there is nothing to tell apart."""
+    found = {int(label) for labels in train.labels for label in (labels.min(), labels.max())}
+    if len(found) < 2:
+        raise ManifestError(f"expected at least two classes in {train.manifest.uri!r}, found {len(found)}")
+
+
+def _labels(column: pa.ChunkedArray, uri: str) -> npt.NDArray[np.int64]:
+    if column.null_count:
+        raise ManifestError(
+            f"expected a label for every image of {uri!r}, found {column.null_count} of {len(column)} in one shard "
+            "without; list them with --labels.kind folders, or leave them out"
+        )
+    return np.asarray(column.to_numpy(), np.int64)
+
+
+def _contents(manifest: Manifest) -> Iterator[str]:
+    """What tells an image's content: its etag where that is one of content, and its name in any case."""
+    for shard in manifest.shards():
+        images = manifest.images(shard)
+        for uri, etag in zip(images["uri"].to_pylist(), images["etag"].to_pylist(), strict=True):
+            yield uri
+            if etag is not None and _MD5.fullmatch(etag):
+                yield etag

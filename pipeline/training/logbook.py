@@ -1,0 +1,177 @@
+"""What a training run tells of itself: losses, accuracies and rates over its steps, its evaluations, failed images."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.train_loader import TrainBatch
+from pipeline.errors import ImageError, RunError
+from pipeline.training.evaluate import Outcome
+from pipeline.training.run import TrainingRun
+from pipeline.training.worker import Notice, Worker
+
+_MOST_LOOKS = 4000  # of a whole run: points of a curve
+_URIS_TOLD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    number: int
+    learning_rate: float
+    batch: TrainBatch
+    totals: Tensor
+
+
+class Logbook:
+    """Sums up the steps since the last look, on the device, and at a look over all ranks.
+
+    `history` has an entry per look, `evaluations` one per evaluation, `errors` the images that failed, by uri.
+    """
+
+    def __init__(self, run: TrainingRun, worker: Worker) -> None:
+        self._run, self._worker = run, worker
+        self._look_every = max(1, min(10, run.num_steps // 100), run.num_steps // _MOST_LOOKS)
+        self.history: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.errors: dict[str, list[str]] = {}
+        self.last_outcome: dict[str, Any] = {}
+        self._num_seen = self._num_failed = 0.0
+        self._steps: list[_Step] = []
+        self._restart_clock()
+
+    def timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
+        """The batches; the time that waiting for them takes is kept."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._wait_s += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, number: int, learning_rate: float, batch: TrainBatch, totals: Tensor) -> None:
+        """A step was done; `totals` float64 are the sum of losses, the right answers and the images that counted."""
+        self._steps.append(_Step(number, learning_rate, batch, totals))
+
+    def is_look_due(self, step: int) -> bool:
+        """Whether the steps since the last look shall be summed up now."""
+        return step % self._look_every == 0
+
+    def look(self) -> Notice:
+        """Sum up over all ranks, tell the progress, and return what the outside asks for, the same on every rank.
+
+        Raises RunError where a loss was no number, naming the step, its learning rate and its images, or where more
+        images failed than `data.max_error_rate` allows.
+        """
+        notice = self._worker.notice()
+        totals = torch.stack([step.totals for step in self._steps]).sum(0).tolist() if self._steps else [0.0] * 3
+        num_planned = sum(len(step.batch.labels) for step in self._steps)
+        mine = [*totals, num_planned, self._wait_s, notice.should_checkpoint, notice.should_stop]
+        device = self._worker.device
+        summed = self._worker.sum(torch.tensor([float(value) for value in mine], dtype=torch.float64, device=device))
+        loss, num_right, num_counted, num_planned, wait_s, should_checkpoint, should_stop = summed.tolist()
+        if not math.isfinite(loss):
+            self._refuse_loss()
+        self._num_seen += num_planned
+        self._num_failed += num_planned - num_counted
+        self._refuse_failures()
+        if self._steps:
+            self._enter(loss / max(num_counted, 1), num_right / max(num_counted, 1), num_planned, wait_s)
+        return Notice(should_checkpoint > 0, should_stop > 0)
+
+    def judge(self, step: int, outcome: Outcome, failed: dict[str, ImageError]) -> None:
+        """Enter an evaluation, and the images that failed in training until now, on any rank."""
+        counts = outcome.counts
+        entry = {
+            "step": step,
+            "epoch": step / self._run.steps_per_epoch,
+            "top1": counts.top1_accuracy,
+            "top5": counts.top5_accuracy,
+            "loss": counts.loss,
+            "num_images": counts.num_images,
+            "num_errors": counts.num_errors,
+        }
+        self.evaluations.append(entry)
+        self.last_outcome = {
+            "confusion": torch.from_numpy(counts.confusion),
+            "hardest": [asdict(image) for image in outcome.hardest],
+        }
+        self._gather_errors(failed)
+        self._observe({"evaluation_top1": counts.top1_accuracy, "evaluated_at": step})
+        self._restart_clock()  # the evaluation's seconds are not training's
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "history": self.history,
+            "evaluations": self.evaluations,
+            "errors": self.errors,
+            "outcome": self.last_outcome,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.history, self.evaluations = list(state["history"]), list(state["evaluations"])
+        self.errors, self.last_outcome = dict(state["errors"]), dict(state["outcome"])
+
+    def _enter(self, loss: float, top1: float, num_images: float, wait_s: float) -> None:
+        elapsed_s = time.perf_counter() - self._start
+        step = self._steps[-1]
+        entry = {
+            "step": step.number,
+            "epoch": step.number / self._run.steps_per_epoch,
+            "loss": loss,
+            "top1": top1,
+            "learning_rate": step.learning_rate,
+            "images_per_s": num_images / elapsed_s,
+            "data_wait_share": wait_s / elapsed_s / self._worker.world_size,
+        }
+        self.history.append(entry)
+        left = (self._run.num_steps - step.number) * elapsed_s / len(self._steps)
+        self._observe({**entry, "of": self._run.num_steps, "eta_s": round(left), "errors": int(self._num_failed)})
+        self._steps = []
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._start, self._wait_s = time.perf_counter(), 0.0
+
+    def _observe(self, status: dict[str, Any]) -> None:
+        if self._worker.rank == 0:
+            self._worker.observe(status)
+
+    def _gather_errors(self, failed: dict[str, ImageError]) -> None:
+        mine = {uri: [error.stage, error.error, error.message] for uri, error in failed.items()}
+        for of_rank in self._worker.gather(mine):
+            self.errors |= of_rank
+
+    def _refuse_loss(self) -> None:
+        """Every rank names the same images: those of the first step whose loss was no number on any rank."""
+        mine = [
+            (step.number, step.learning_rate, step.batch.uris)
+            for step in self._steps
+            if not math.isfinite(step.totals[0].item())
+        ]
+        bad = sorted(found for of_rank in self._worker.gather(mine[:1]) for found in of_rank)
+        number, learning_rate, uris = bad[0]
+        raise RunError(
+            f"step {number}: expected a finite loss, got none at learning rate {learning_rate:g}. Lower "
+            "optimizer.learning_rate, lengthen schedule.warmup, or set optimizer.clip_norm; begin a new run or resume "
+            f"from the last checkpoint. The batch's images: {', '.join(uris[:_URIS_TOLD])} and "
+            f"{max(len(uris) - _URIS_TOLD, 0)} more",
+            step=number,
+            learning_rate=learning_rate,
+            images=uris,
+        )
+
+    def _refuse_failures(self) -> None:
+        most = self._run.config.data.max_error_rate * max(self._num_seen, self._run.num_images)
+        if self._num_failed > most:
+            raise RunError(
+                f"expected at most {most:.0f} images that cannot be used (data.max_error_rate), got "
+                f"{self._num_failed:.0f} of the {self._num_seen:.0f} seen: is the store reachable, the format known?"
+            )

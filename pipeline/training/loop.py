@@ -1,0 +1,295 @@
+"""The training loop: batches in, steps, and at their times a look, an evaluation, a checkpoint.
+
+The state of a run is its network, optimizer, average and the number of steps done; all else follows from the config and
+that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import storage
+from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
+from pipeline.data.training_set import TrainingSet
+from pipeline.errors import ConfigError
+from pipeline.models.bundle import Bundle, load_network
+from pipeline.models.catalog import Network, build
+from pipeline.models.resnet import zero_init_last_norm
+from pipeline.training import augment, checkpoint, optim
+from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.ema import Ema
+from pipeline.training.evaluate import Outcome, Setup, evaluate
+from pipeline.training.logbook import Logbook
+from pipeline.training.loss import Loss
+from pipeline.training.run import TrainingRun
+from pipeline.training.worker import Notice, Worker
+
+NUM_HARDEST = 24
+
+Loader = TrainLoader | CachedLoader
+
+
+def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_set: TrainingSet) -> bool:
+    """Train from the run's last checkpoint, or from the start, to the end; whether the end was reached.
+
+    It is not where a notice asks for a stop; what was done is then in a checkpoint. Every rank calls it. Raises, on
+    every rank, RunError for a loss that is no number or too many unusable images; on the rank that meets it,
+    StorageError where a checkpoint cannot be written or the evaluation's images cannot be read.
+    """
+    trainee, log = Trainee(run, worker, train_set), Logbook(run, worker)
+    if (state := checkpoint.read_last(run.uri)) is not None:
+        trainee.load(state)
+        log.load(state)
+    loader = make_loader(run, worker, train_set)
+    writer = CheckpointWriter(run.uri, run.config.checkpoint)
+    batches = storage.run_ahead(_batches(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
+    for batch in log.timed(batches):
+        learning_rate = trainee.learning_rate()
+        totals = trainee.train_step(batch, learning_rate)
+        log.add(trainee.step, learning_rate, batch, totals)
+        is_judged = _is_evaluation_due(run, trainee.step)
+        is_saved = is_judged or _is_due(trainee.step, run.config.checkpoint.every_steps)
+        notice = log.look() if is_saved or log.is_look_due(trainee.step) else Notice()
+        if is_judged:
+            log.judge(trainee.step, judge(run, worker, trainee, evaluation_set), loader.errors)
+        if worker.rank == 0 and (is_saved or notice.should_checkpoint or notice.should_stop):
+            writer.write({**trainee.state(), **log.state()})
+        if notice.should_stop:
+            break
+    writer.wait()
+    return trainee.step == run.num_steps
+
+
+class Trainee:
+    """A run's network with all that its training changes, and the step that changes it."""
+
+    def __init__(self, run: TrainingRun, worker: Worker, train_set: TrainingSet) -> None:
+        self._run, self._worker = run, worker
+        config, device = run.config, worker.device
+        self.step = 0
+        self.precision = _precision(run, device)
+        self._network = make_network(run).to(device).to(memory_format=torch.channels_last)
+        optim.freeze(self._network, config.start)
+        if config.compute.sync_batch_norm and worker.world_size > 1:
+            self._network = nn.SyncBatchNorm.convert_sync_batchnorm(self._network)
+        optim.train_mode(self._network, config.start)
+        self._optimizer = optim.make_optimizer(self._network, config.optimizer, batch_size=config.batch_size)
+        self._ema = None if config.ema.decay is None else Ema(self._network, config.ema)
+        self._augment = augment.BatchAugment(config.augment, run.preprocessing, len(run.classes))
+        self._loss = Loss(config.loss, train_set.class_counts(len(run.classes)).tolist())
+        if config.compute.compile:
+            self._network.compile()
+        self._replica = _replicated(self._network, worker)
+
+    @property
+    def judged_network(self) -> Network:
+        """What is evaluated and published: the average where there is one."""
+        network = self._network if self._ema is None else self._ema.network
+        assert isinstance(network, Network)
+        return network
+
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        config = self._run.config
+        return optim.learning_rate_at(
+            self.step,
+            num_steps=self._run.num_steps,
+            steps_per_epoch=self._run.steps_per_epoch,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            batch_size=config.batch_size,
+        )
+
+    def train_step(self, batch: TrainBatch, learning_rate: float) -> Tensor:
+        """One step on this rank's part of a batch; float64 [sum of losses, right answers, images that counted] of it.
+
+        The gradient is that of the mean over all ranks' images, however they are spread.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        seed = int(np.random.SeedSequence([self._run.config.seed, self.step, self._worker.rank]).generate_state(1)[0])
+        torch.manual_seed(seed)  # of dropout and stochastic depth, so that resuming needs no generator's state
+        pixels, labels, weights = (
+            tensor.to(self._worker.device, non_blocking=True) for tensor in (batch.pixels, batch.labels, batch.weights)
+        )
+        images, targets = self._augment(pixels, labels, batch.draws, seed)
+        images = images.to(memory_format=torch.channels_last)
+        totals = torch.zeros(3, dtype=torch.float64, device=self._worker.device)
+        num_parts = self._run.config.optimizer.accumulation_steps
+        parts = zip(*(tensor.tensor_split(num_parts) for tensor in (images, targets, labels, weights)), strict=True)
+        for number, part in enumerate(parts, start=1):
+            with self._synchronised(number == num_parts):
+                totals += self._forward_backward(*part, num_global=batch.num_global)
+        self._move()
+        return totals
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "step": self.step,
+            "network": self._network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "ema": None if self._ema is None else self._ema.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.step = state["step"]
+        self._network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])
+
+    def _forward_backward(
+        self, images: Tensor, targets: Tensor, labels: Tensor, weights: Tensor, *, num_global: int
+    ) -> Tensor:
+        if len(images) == 0:  # a rank without images still takes part in the others' sums
+            size = images.shape[1:]
+            images, targets = images.new_zeros(1, *size), targets.new_zeros(1, *targets.shape[1:])
+            labels, weights = labels.new_zeros(1), weights.new_zeros(1)
+        with torch.autocast(self._worker.device.type, self.precision, enabled=self.precision is not None):
+            logits, _ = self._replica(images)
+        loss = self._loss(logits.float(), targets, weights)
+        (loss * (self._worker.world_size / num_global)).backward()  # ranks' gradients are averaged
+        num_right = ((logits.argmax(1) == labels) * weights).sum()
+        return torch.stack([loss.detach(), num_right, weights.sum()]).double()
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
+        if is_last or not isinstance(self._replica, DistributedDataParallel):
+            return nullcontext()
+        unsynchronised: AbstractContextManager[None] = self._replica.no_sync()
+        return unsynchronised
+
+    def _move(self) -> None:
+        clip_norm = self._run.config.optimizer.clip_norm
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._network.parameters(), clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self._ema is not None:
+            self._ema.update(self._network, self.step)
+
+
+def make_network(run: TrainingRun) -> Network:
+    """The network that training starts from, on the CPU: drawn from the run's seed, or `start.bundle`'s.
+
+    A bundle's head is kept where its classes are the run's, in their order; else it is drawn anew. Raises BundleError.
+    """
+    torch.manual_seed(run.config.seed)
+    network = build(run.architecture.name, len(run.classes), **run.architecture.arguments)
+    if run.config.start.zero_init_last_norm:
+        zero_init_last_norm(network)
+    if run.start_uri is None:
+        return network
+    bundle = Bundle.load(run.start_uri)
+    if bundle.architecture != run.architecture:
+        raise ConfigError(
+            f"architecture: expected that of start.bundle, {bundle.architecture.name}, got {run.architecture.name}; "
+            "leave it out"
+        )
+    started = load_network(run.start_uri)
+    network.trunk.load_state_dict(started.trunk.state_dict())
+    if bundle.classes == run.classes:
+        network.head.load_state_dict(started.head.state_dict())
+    return network
+
+
+def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loader:
+    """The worker's loader, cached where the config says so. Raises ConfigError where a crop cannot be cached."""
+    config = run.config
+    geometry = augment.Geometry(config.augment, run.preprocessing)
+    loader = TrainLoader(
+        images=train_set,
+        limits=config.data,
+        geometry=geometry.apply,
+        num_draws=augment.NUM_DRAWS,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_lanes=min(config.data.num_lanes, run.num_images),
+        shuffle_window=config.data.shuffle_window if config.data.cache == "none" else None,
+        num_threads=config.data.decode_threads or worker.num_threads,
+        pin_memory=worker.device.type == "cuda",
+    )
+    if config.data.cache == "none":
+        return loader
+    if config.augment.crop != "pad":
+        raise ConfigError(f"data.cache: expected augment.crop pad with it, got {config.augment.crop}; use cache none")
+    device = worker.device if config.data.cache == "device" else torch.device("cpu")
+    padding = config.augment.padding
+    return CachedLoader(loader, device, lambda pixels, size, draws: augment.crop_padded(pixels, padding, size, draws))
+
+
+def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: TrainingSet) -> Outcome:
+    """The evaluation of what would be published now, over all ranks; `hardest` too. Every rank calls it."""
+    data = run.config.data
+    setup = Setup(
+        preprocessing=run.preprocessing,
+        batch_size=run.config.evaluation.batch_size,
+        device=worker.device,
+        precision=trainee.precision,
+        keep_hardest=NUM_HARDEST,
+        allowed_roots=data.allowed_roots,
+        max_pixels=data.max_pixels,
+        max_bytes=data.max_bytes,
+        fetch_concurrency=data.fetch_concurrency,
+        num_threads=data.decode_threads or worker.num_threads,
+    )
+    worker.share_buffers(trainee.judged_network)
+    outcome = evaluate(
+        trainee.judged_network,
+        evaluation_set.manifest,
+        setup,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        reduce=worker.sum,
+    )
+    hardest = [image for of_rank in worker.gather(outcome.hardest) for image in of_rank]
+    return replace(outcome, hardest=sorted(hardest, key=lambda image: -image.loss)[:NUM_HARDEST])
+
+
+def _batches(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
+    """This rank's batches from a step of the run on, epoch after epoch, to the last step."""
+    while step < run.num_steps:
+        epoch, first = divmod(step, run.steps_per_epoch)
+        size_at = partial(_size_at, run, epoch)
+        for batch in loader.batches(epoch, first, rank=worker.rank, world_size=worker.world_size, size_at=size_at):
+            yield batch
+            step += 1
+            if step == run.num_steps:
+                return
+
+
+def _size_at(run: TrainingRun, epoch: int, step: int) -> int:
+    return augment.size_at(run.config.augment, (epoch * run.steps_per_epoch + step) / run.num_steps)
+
+
+def _is_evaluation_due(run: TrainingRun, step: int) -> bool:
+    return step == run.num_steps or _is_due(step, run.config.evaluation.every_epochs * run.steps_per_epoch)
+
+
+def _is_due(step: int, every: float | None) -> bool:
+    """Whether a multiple of `every` was passed by this step."""
+    return every is not None and step // every > (step - 1) // every
+
+
+def _precision(run: TrainingRun, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None for float32."""
+    asked = run.config.compute.precision
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if asked == "bfloat16" else None
+
+
+def _replicated(network: Network, worker: Worker) -> nn.Module:
+    if worker.world_size == 1:
+        return network
+    device_ids = [worker.device] if worker.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True)

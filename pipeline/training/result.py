@@ -1,0 +1,155 @@
+"""What a finished training leaves: the best weights as a bundle, and the run's history, errors and report."""
+
+import io
+import json
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+from pydantic import JsonValue
+
+from pipeline import storage
+from pipeline.data.images import decode
+from pipeline.data.readers import ImageRef, fetch_image
+from pipeline.errors import ImageError, RunError
+from pipeline.models import registry
+from pipeline.models.bundle import Bundle, Metric, pack
+from pipeline.report.training import HardImage, TrainingReport, render
+from pipeline.tables import schemas
+from pipeline.tables.writing import encode
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import State
+from pipeline.training.evaluate import Protocol
+from pipeline.training.loop import make_network
+from pipeline.training.run import TrainingRun
+
+Facts = dict[str, Any]
+
+_THUMBNAIL_SIDE = 128
+
+
+def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
+    """Publish the best weights by top-1 accuracy, once; the bundle, its URI and the last state of the run.
+
+    Publishing them again changes nothing. Raises RunError where the run has not come to its end, BundleError where the
+    version is another's.
+    """
+    last = checkpoint.read_last(run.uri)
+    if last is None or last["step"] < run.num_steps:
+        done = 0 if last is None else last["step"]
+        raise RunError(f"expected {run.num_steps} steps to be done, found {done}: run again with --resume true")
+    best = checkpoint.read(run.uri, checkpoint.best_step(last["evaluations"]))
+    network = make_network(run)
+    network.load_state_dict(best["ema"] or best["network"])
+    evaluation = best["evaluations"][-1]
+    bundle, weights = pack(
+        network,
+        name=run.config.name,
+        version=run.config.version,
+        architecture=run.architecture,
+        classes=run.classes,
+        preprocessing=run.preprocessing,
+        metrics=_metrics(run, evaluation),
+        training=_origin(run, evaluation),
+    )
+    uri = registry.publish(run.config.registry, bundle, weights)
+    storage.write(storage.join(uri, "MODEL_CARD.md"), _model_card(run, bundle).encode())
+    if run.config.alias is not None:
+        registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
+    return bundle, uri, last
+
+
+def write_records(run: TrainingRun, last: State, facts: Facts) -> None:
+    """Write the run's `history.json`, `errors.parquet` and `report.html`."""
+    history = {"train": last["history"], "evaluations": last["evaluations"]}
+    storage.write(storage.join(run.uri, "history.json"), json.dumps(history, indent=1).encode())
+    storage.write(storage.join(run.uri, "errors.parquet"), encode(_errors_table(last["errors"])))
+    storage.write(storage.join(run.uri, "report.html"), render(_report(run, last, facts)).encode())
+
+
+def _metrics(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, Metric]:
+    protocol = f"{Protocol().describe(run.preprocessing)}, manifest {run.evaluation_digest[:12]}"
+    return {name: Metric(value=evaluation[name], protocol=protocol) for name in ("top1", "top5", "loss")}
+
+
+def _origin(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, JsonValue]:
+    return {
+        "run_id": run.config.run_id,
+        "step": evaluation["step"],
+        "num_steps": run.num_steps,
+        "train_digest": run.train_digest,
+        "evaluation_digest": run.evaluation_digest,
+        "start_digest": run.start_digest,
+        "config": run.config.model_dump(mode="json", exclude={"resume", "progress_interval_s", "alias"}),
+    }
+
+
+def _model_card(run: TrainingRun, bundle: Bundle) -> str:
+    figures = "\n".join(f"- {name}: {metric.value:.4f} ({metric.protocol})" for name, metric in bundle.metrics.items())
+    software = ", ".join(f"{name} {version}" for name, version in bundle.software.items())
+    return f"""# {bundle.name} {bundle.version}
+
+{bundle.architecture.name}, {len(bundle.classes)} classes, trained by run `{run.config.run_id}` on {run.num_images} \
+images (manifest {run.train_digest[:12]}), the best step of {run.num_steps}: {bundle.training["step"]}.
+
+## Evaluation
+
+{figures}
+
+Judged on manifest {run.evaluation_digest[:12]}, by which the best step was also chosen: expect a little less on images
+that played no part in that.
+
+## Use
+
+Input: {bundle.preprocessing.crop_size}×{bundle.preprocessing.crop_size} RGB, prepared as `model.json` says. Output: \
+logits in the order of its `classes`, and an embedding of {bundle.embedding_size} numbers.
+
+Digest {bundle.digest}; weights {bundle.weights_digest}; made with {software}.
+"""
+
+
+def _errors_table(errors: dict[str, list[str]]) -> pa.Table:
+    rows = [
+        {"uri": uri, "etag": None, "stage": stage, "error": error, "message": message}
+        for uri, (stage, error, message) in sorted(errors.items())
+    ]
+    return pa.Table.from_pylist(rows, schemas.schema("errors"))
+
+
+def _report(run: TrainingRun, last: State, facts: Facts) -> TrainingReport:
+    outcome = last["outcome"]
+    return TrainingReport(
+        title=f"{run.config.name} {run.config.version}",
+        run_id=run.config.run_id,
+        status="done",
+        facts={name: str(value) for name, value in facts.items()},
+        config_yaml=run.config.to_yaml(),
+        history={"train": last["history"], "evaluations": last["evaluations"]},
+        classes=run.classes,
+        confusion=outcome["confusion"].numpy(),
+        hardest=[_hard_image(run, image) for image in outcome["hardest"]],
+        errors=dict(Counter(f"{stage}/{error}" for stage, error, _ in last["errors"].values())),
+    )
+
+
+def _hard_image(run: TrainingRun, image: dict[str, Any]) -> HardImage:
+    label, predicted = run.classes[image["label_id"]], run.classes[image["predicted_id"]]
+    return HardImage(image["uri"], label, predicted, image["score"], _thumbnail(run, image["uri"]))
+
+
+def _thumbnail(run: TrainingRun, uri: str) -> bytes | None:
+    """A small JPEG of the image, None where it is not to be had by its name, as packed ones may not be."""
+    data = run.config.data
+    found = fetch_image(ImageRef(uri, None, None), allowed_roots=data.allowed_roots, max_bytes=data.max_bytes)
+    if isinstance(found, ImageError):
+        return None
+    try:
+        pixels = decode(found, max_pixels=data.max_pixels)
+    except ImageError:
+        return None
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=85)
+    return jpeg.getvalue()

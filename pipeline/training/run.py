@@ -1,0 +1,180 @@
+"""What a training run is: its config with everything resolved that decides the weights; the same at every resume.
+
+<output>/<run_id>/run.json        this
+<output>/<run_id>/config.yaml     the config, as `--config` reads it
+<output>/<run_id>/checkpoints/    the resumable state
+<output>/<run_id>/errors.parquet  images that could not be used
+<output>/<run_id>/history.json    losses, accuracies and rates over the steps
+<output>/<run_id>/report.html     the same to look at
+<output>/<run_id>/summary.json    how it ended
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import storage
+from pipeline.cluster import Device
+from pipeline.config import describe, refuse_change
+from pipeline.data.training_set import TrainingSet, refuse_one_class, refuse_overlap
+from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ConfigError, ManifestError, ObjectExistsError, ObjectNotFoundError
+from pipeline.models import registry
+from pipeline.models.bundle import Architecture, Bundle
+from pipeline.training.config import TrainConfig
+
+# Where and how hard, not what: these do not change the weights.
+_MAY_CHANGE: dict[str, Any] = {
+    "resume": True,
+    "alias": True,
+    "progress_interval_s": True,
+    "checkpoint": True,
+    "registry": True,
+    "data": {
+        "decode_threads",
+        "prefetch_batches",
+        "fetch_concurrency",
+        "max_error_rate",
+        "allowed_roots",
+        "max_bytes",
+        "cache",
+    },
+    "evaluation": {"batch_size"},
+    "compute": {"num_workers", "cpus_per_worker", "max_failures", "compile", "deterministic"},
+}
+
+
+class TrainingRun(BaseModel):
+    """A run as recorded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: TrainConfig
+    train_digest: str
+    evaluation_digest: str
+    num_images: int
+    classes: list[str]
+    architecture: Architecture
+    preprocessing: Preprocessing
+    start_uri: str | None
+    start_digest: str | None
+    device: Device | None = None
+    """None until the cluster is known."""
+
+    @property
+    def uri(self) -> str:
+        """Where the run's files lie."""
+        return storage.join(storage.normalise(self.config.output), self.config.run_id)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_images // self.config.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        if self.config.steps is not None:
+            return self.config.steps
+        assert self.config.epochs is not None
+        return max(1, round(self.config.epochs * self.steps_per_epoch))
+
+
+def make_run(config: TrainConfig) -> TrainingRun:
+    """The run of a config, its training and its evaluation set read and checked; nothing is written.
+
+    Raises ConfigError, ManifestError, BundleError.
+    """
+    train, evaluation = (TrainingSet.open(storage.normalise(uri)) for uri in (config.train, config.evaluate_on))
+    refuse_one_class(train)
+    _refuse_other_classes(train, evaluation)
+    refuse_overlap(train, evaluation)
+    start = _resolve_start(config)
+    architecture, preprocessing = config.architecture, config.evaluation.preprocessing
+    if start is not None:
+        bundle = Bundle.load(start)
+        architecture, preprocessing = architecture or bundle.architecture, preprocessing or bundle.preprocessing
+    assert architecture is not None
+    assert preprocessing is not None
+    run = TrainingRun(
+        config=config,
+        train_digest=train.manifest.digest,
+        evaluation_digest=evaluation.manifest.digest,
+        num_images=train.manifest.num_images,
+        classes=train.classes,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        start_uri=start,
+        start_digest=None if start is None else Bundle.load(start).digest,
+    )
+    if not config.resume and config.version in registry.list_versions(config.registry, config.name):
+        raise ConfigError(f"version: {config.name}/{config.version} is published already; choose a new one")
+    if config.batch_size > run.num_images:
+        raise ConfigError(
+            f"batch_size: expected at most the {run.num_images} images of the set, got {config.batch_size}"
+        )
+    return run
+
+
+def begin(run: TrainingRun) -> None:
+    """Record the run, or find it recorded where `resume` is given; its name decides, never an accident.
+
+    Raises ConfigError where the name is taken, or there is nothing to resume, or the run began otherwise.
+    """
+    earlier = read_run(run.uri)
+    if run.config.resume:
+        if earlier is None:
+            raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
+        _refuse_change(earlier, run)
+        return
+    try:
+        storage.write(_run_uri(run.uri), run.model_dump_json(indent=1).encode(), if_absent=True)
+    except ObjectExistsError as error:
+        raise ConfigError(
+            f"run_id: {run.config.run_id!r} is there already under {run.config.output!r}; "
+            "go on with it by --resume true, or choose another name"
+        ) from error
+    storage.write(storage.join(run.uri, "config.yaml"), run.config.to_yaml().encode())
+
+
+def read_run(uri: str) -> TrainingRun | None:
+    """The run recorded at `uri`, None where there is none. Raises ConfigError for one of another version."""
+    try:
+        return TrainingRun.model_validate_json(storage.read(_run_uri(uri)))
+    except ObjectNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ConfigError(f"{_run_uri(uri)}: not a training run of this version:\n{describe(error)}") from error
+
+
+def _resolve_start(config: TrainConfig) -> str | None:
+    return None if config.start.bundle is None else registry.resolve(config.registry, config.start.bundle)
+
+
+def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
+    if evaluation.classes != train.classes and not set(evaluation.classes) <= set(train.classes):
+        raise ManifestError(
+            f"evaluate_on: expected the {len(train.classes)} classes of the training set, got "
+            f"{len(evaluation.classes)}, among them {sorted(set(evaluation.classes) - set(train.classes))[:3]}"
+        )
+    if evaluation.classes != train.classes[: len(evaluation.classes)]:
+        raise ManifestError(
+            "evaluate_on: its labels count its own classes, fewer than the training set's; make its manifest with "
+            f"--labels.classes {','.join(train.classes[:3])},… so that equal labels mean equal classes"
+        )
+
+
+def _refuse_change(earlier: TrainingRun, now: TrainingRun) -> None:
+    before, after = (_flat(run.model_dump(mode="json", exclude={"config": _MAY_CHANGE})) for run in (earlier, now))
+    refuse_change(before, after, f"resume: run {now.config.run_id!r} began otherwise; go back to that, or begin anew")
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= inner
+    return {name.removeprefix("config."): value for name, value in flat.items()}
+
+
+def _run_uri(uri: str) -> str:
+    return storage.join(uri, "run.json")

@@ -1,0 +1,214 @@
+"""The wiring to Ray Train: workers for the loop, what they tell, and starting them again when one dies.
+
+    driver: begin(run) ──► TorchTrainer ──► workers: train(run, …) ──► checkpoints
+            progress  ◄── Bulletin (an actor) ◄── rank 0
+
+Checkpoints are the run's own objects, not Ray's: a name never resumes by accident, and any fsspec URI will do. A worker
+group that is started again goes on from the last one.
+"""
+
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.cluster import Node
+from pipeline.data.training_set import TrainingSet
+from pipeline.errors import ConfigError, PipelineError, RunError, StorageError
+from pipeline.training.config import TrainComputeConfig
+from pipeline.training.loop import train
+from pipeline.training.run import TrainingRun
+from pipeline.training.worker import Notice, Worker
+
+_POLL_S = 0.5
+_STOP_WITHIN_S = 60.0
+
+Status = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """How many training processes there are, and of what size."""
+
+    fewest: int
+    most: int
+    cpus_per_worker: int
+    use_gpu: bool
+
+
+def choose_workers(nodes: Sequence[Node], compute: TrainComputeConfig, *, use_gpu: bool, num_lanes: int) -> Workers:
+    """The workers that fit the cluster.
+
+    Raises ConfigError where not even the fewest do, saying what was asked and what there is: Ray would wait for ever.
+    """
+    num_gpus = sum(node.gpus for node in nodes)
+    asked = compute.num_workers or [num_gpus if use_gpu else 1]
+    fewest, most = asked[0], asked[-1]
+    if not 1 <= fewest <= most <= num_lanes:
+        raise ConfigError(
+            f"compute.num_workers: expected at least 1, and at most data.num_lanes ({num_lanes}), got {asked}"
+        )
+    cpus = compute.cpus_per_worker or _fair_share(nodes, most, use_gpu)
+    fitting = sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
+    if fitting < fewest:
+        there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
+        each = f"{cpus} CPUs" + (" and a GPU" if use_gpu else "")
+        raise ConfigError(
+            f"compute.num_workers: {fewest} workers of {each} each do not fit this cluster, {fitting} do (nodes: "
+            f"{there}); lower it or compute.cpus_per_worker, or add nodes"
+        )
+    return Workers(fewest, most, cpus, use_gpu)
+
+
+def run_workers(run: TrainingRun, workers: Workers, observe: Callable[[Status], None]) -> None:
+    """Train on a connected Ray to the end.
+
+    `observe` is called on this thread with what rank 0 tells. An exception on this thread, a signal's too, asks the
+    workers for a checkpoint and waits for it a while. Raises what all workers raised alike, and RunError where one
+    failed more than `compute.max_failures` times.
+    """
+    bulletin = _on_this_node(Bulletin)
+    outcome: list[BaseException | None] = []
+    thread = threading.Thread(target=_fit, args=(run, workers, bulletin, outcome), name="ray-train", daemon=True)
+    thread.start()  # not on the main thread, where Ray Train would put in a signal handler of its own
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            for status in ray.get(bulletin.take.remote()):
+                observe(status)
+    except BaseException:
+        bulletin.stop.remote()
+        thread.join(_STOP_WITHIN_S)
+        raise
+    if (error := outcome[0]) is not None:
+        raise RunError(_cause(error)) from error
+    if (failure := ray.get(bulletin.failure.remote())) is not None:
+        raise failure
+
+
+class Bulletin:
+    """Where rank 0 tells its progress and asks what is wanted; one actor, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._told: list[Status] = []
+        self._should_stop = False
+        self._failure: PipelineError | None = None
+
+    def tell(self, status: Status) -> bool:
+        """Keep it for the driver; whether a stop was asked for."""
+        self._told.append(status)
+        return self._should_stop
+
+    def take(self) -> list[Status]:
+        """What was told since the last time."""
+        told, self._told = self._told, []
+        return told
+
+    def stop(self) -> None:
+        """Ask for a stop at the next look."""
+        self._should_stop = True
+
+    def fail(self, failure: PipelineError) -> None:
+        """Every rank raised it: starting again would change nothing."""
+        self._failure = failure
+
+    def failure(self) -> PipelineError | None:
+        """What `fail` was called with."""
+        return self._failure
+
+
+def _fit(run: TrainingRun, workers: Workers, bulletin: Any, outcome: list[BaseException | None]) -> None:
+    compute = run.config.compute
+    scaling = ray.train.ScalingConfig(
+        num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
+        use_gpu=workers.use_gpu,
+        resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
+    )
+    config = {"run": run.model_dump_json(), "num_threads": workers.cpus_per_worker, "bulletin": bulletin}
+    try:
+        with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
+            trainer = ray.train.torch.TorchTrainer(
+                _work,
+                train_loop_config=config,
+                scaling_config=scaling,
+                run_config=ray.train.RunConfig(
+                    name=run.config.run_id,
+                    storage_path=folder,  # Ray's records of this attempt; nothing is resumed from them
+                    failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+                ),
+            )
+            trainer.fit()
+        outcome.append(None)
+    except BaseException as error:
+        outcome.append(error)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One worker's life."""
+    run = TrainingRun.model_validate_json(config["run"])
+    context = ray.train.get_context()
+    torch.set_num_threads(config["num_threads"])  # Ray's actors begin with 1
+    if run.device == "cuda" and run.config.compute.deterministic:
+        torch.use_deterministic_algorithms(True)
+    voice = _Voice(config["bulletin"])
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        num_threads=config["num_threads"],
+        notice=voice.notice,
+        observe=voice.observe,
+    )
+    try:
+        train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+    except StorageError:
+        raise  # one rank's, and perhaps passing
+    except PipelineError as failure:
+        if worker.rank == 0:
+            ray.get(config["bulletin"].fail.remote(failure))
+
+
+class _Voice:
+    """A worker's side of the bulletin; telling waits for no answer, the one before says whether to stop."""
+
+    def __init__(self, bulletin: Any) -> None:
+        self._bulletin = bulletin
+        self._answer: Any = None
+        self._was_noticed = False
+
+    def observe(self, status: Status) -> None:
+        self._answer = self._bulletin.tell.remote(status)
+
+    def notice(self) -> Notice:
+        is_leaving = ray.train.get_preemption_info() is not None
+        is_news, self._was_noticed = is_leaving and not self._was_noticed, is_leaving
+        should_stop = self._answer is not None and ray.get(self._answer)
+        return Notice(should_checkpoint=is_news, should_stop=bool(should_stop))
+
+
+def _on_this_node(actor: type) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _fair_share(nodes: Sequence[Node], num_workers: int, use_gpu: bool) -> int:
+    if use_gpu:
+        return max(1, min(node.cpus // node.gpus for node in nodes if node.gpus))
+    smallest = min((node.cpus for node in nodes if node.cpus), default=1)
+    return max(1, min(smallest, sum(node.cpus for node in nodes) // num_workers))
+
+
+def _cause(error: BaseException) -> str:
+    """What the first worker to fail raised; Ray Train keeps the exceptions by rank."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException = getattr(failure, "_base_exc", failure)
+        return str(cause)
+    return str(error)

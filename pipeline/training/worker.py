@@ -1,0 +1,52 @@
+"""One training process among its peers: who it is, and the few words it exchanges with the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the outside asks of a worker: a checkpoint now, since its node goes soon, or an end."""
+
+    should_checkpoint: bool = False
+    should_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A rank. Where `world_size` is over 1, torch.distributed's default group must be there.
+
+    `notice` is asked every few steps, by all ranks at the same one; `observe` is told the progress, on rank 0.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_threads: int = 1
+    notice: Callable[[], Notice] = Notice
+    observe: Callable[[dict[str, Any]], None] = lambda status: None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on each."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give all ranks rank 0's buffers: each keeps norms' statistics of its own images."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)

@@ -1,0 +1,43 @@
+"""Small labelled sets, and training runs over them, for tests of training."""
+
+from pathlib import Path
+from typing import Any
+
+from jobs.demo_images import draw_set
+from pipeline.data.training_set import TrainingSet
+from pipeline.training.config import TrainConfig
+from pipeline.training.loop import train
+from pipeline.training.run import TrainingRun, make_run
+from pipeline.training.worker import Worker
+from tests.worlds import list_images
+
+
+def make_sets(root: Path, *, num_train: int = 48, num_evaluation: int = 20, num_broken: int = 0) -> None:
+    """Manifests `train` and `evaluation` below `root`, of small drawn images in classes."""
+    for number, (name, num_images) in enumerate({"train": num_train, "evaluation": num_evaluation}.items()):
+        draw_set(root / f"{name}-images", num_images=num_images, seed=number, num_broken=num_broken)
+        list_images(root / f"{name}-images", root / name, shard_size=7)
+
+
+def train_config(root: Path, **fields: Any) -> TrainConfig:
+    """The config of a short training over `make_sets`."""
+    places = {"train": "train", "evaluate_on": "evaluation", "output": "runs", "registry": "registry"}
+    defaults = {
+        **{field: str(root / place) for field, place in places.items()},
+        "run_id": "first",
+        "name": "shapes",
+        "version": "1",
+        "architecture": {"name": "cifar_resnet8"},
+        "evaluation": {"preprocessing": {"resize_size": 32, "crop_size": 32}},
+        "augment": {"crop": "center", "size": 32},
+        "batch_size": 8,
+        "epochs": 2,
+    }
+    return TrainConfig(**{**defaults, **fields})
+
+
+def train_here(config: TrainConfig, worker: Worker | None = None) -> TrainingRun:
+    """Train in this process, without Ray."""
+    run = make_run(config).model_copy(update={"device": "cpu"})
+    train(run, worker or Worker(), TrainingSet.open(config.train), TrainingSet.open(config.evaluate_on))
+    return run
