@@ -53,7 +53,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     }
     facts = {
         "time": f"{duration_s} s",
-        "images/s": summary["images_per_s"],
+        "images/s": f"{summary['images_per_s']:,.0f}",
         "data-wait": f"{100 * summary['data_wait_share']:.1f} %",
         "device": device,
         "workers": f"{workers.most} of {workers.cpus_per_worker} CPUs",

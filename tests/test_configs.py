@@ -12,6 +12,7 @@ from jobs.manifest import ManifestConfig
 from jobs.pack import PackConfig
 from pipeline.config import JobConfig, load
 from pipeline.inference.plan import PredictConfig
+from pipeline.training.config import TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
 TYPES: dict[str, type[JobConfig]] = {
@@ -21,6 +22,15 @@ TYPES: dict[str, type[JobConfig]] = {
     "pack": PackConfig,
     "import_model": ImportConfig,
     "import_cifar": ImportConfig,
+    "train_cifar_10_epochs": TrainConfig,
+    "train_cifar_paper": TrainConfig,
+    "train_cifar_paper_110": TrainConfig,
+    "train_imagenet_paper": TrainConfig,
+    "train_imagenet_v1": TrainConfig,
+    "train_imagenet_v2": TrainConfig,
+    "train_imagenet_a3": TrainConfig,
+    "fine_tune": TrainConfig,
+    "linear_probe": TrainConfig,
 }
 
 

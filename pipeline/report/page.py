@@ -141,7 +141,7 @@ svg text { font-family: inherit !important; }
 .bars li { display: grid; grid-template-columns: minmax(0, 1fr) minmax(40px, 1fr) minmax(0, 8.5em); gap: 12px;
   align-items: center; padding: 2.5px 0; break-inside: avoid; }
 .bars .name { text-align: right; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere; display: -webkit-box;
-  -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
+  -webkit-box-orient: vertical; -webkit-line-clamp: 3; font-size: 14px; }
 .bars .track { background: var(--grid); border-radius: 3px; height: 13px; }
 .bars .bar { display: block; background: var(--wrong); border-radius: 3px; height: 100%; min-width: 2px; }
 .bars .note { color: var(--muted); font-size: 13px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }

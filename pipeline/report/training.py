@@ -203,15 +203,19 @@ def _render_confusion(report: TrainingReport) -> str:
 
 
 def _render_gallery(images: Sequence[HardImage]) -> str:
-    figures = [
+    figures = "".join(_render_hard_image(*image) for image in images)
+    hint = '<p class="hint">The true label, then what it was taken for and how surely.</p>\n'
+    return f'<div class="gallery">\n{figures}</div>\n{hint}' if figures else ""
+
+
+def _render_hard_image(uri: str, label: str, predicted: str, score: float, thumbnail: bytes | None) -> str:
+    mood = "label" if predicted == label else "predicted"
+    return (
         f"<figure>{render_jpeg(thumbnail, alt=f'{label}, taken for {predicted}')}<figcaption>"
         f'<span class="label">{text(label)}</span>'
-        f'<span class="predicted">→ {text(predicted)}, {100 * score:.0f} %</span>'
+        f'<span class="{mood}">→ {text(predicted)}, {100 * score:.0f} %</span>'
         f'<span class="uri" title="{text(uri)}">{text(_shorten_front(uri))}</span></figcaption></figure>\n'
-        for uri, label, predicted, score, thumbnail in images
-    ]
-    hint = '<p class="hint">The true label, then what it was taken for and how surely.</p>\n'
-    return f'<div class="gallery">\n{"".join(figures)}</div>\n{hint}' if figures else ""
+    )
 
 
 def _shorten_front(uri: str) -> str:

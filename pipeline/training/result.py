@@ -30,7 +30,8 @@ _THUMBNAIL_SIDE = 128
 
 
 def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
-    """Publish the best weights by top-1 accuracy, once; the bundle, its URI and the last state of the run.
+    """Publish the best weights by top-1 accuracy, once; the bundle, its URI, and the last state of the run with the
+    `outcome` of the best.
 
     Publishing them again changes nothing. Raises RunError where the run has not come to its end, BundleError where the
     version is another's.
@@ -57,7 +58,7 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     storage.write(storage.join(uri, "MODEL_CARD.md"), _model_card(run, bundle).encode())
     if run.config.alias is not None:
         registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
-    return bundle, uri, last
+    return bundle, uri, {**last, "outcome": best["outcome"]}
 
 
 def write_records(run: TrainingRun, last: State, facts: Facts) -> None:

@@ -262,6 +262,14 @@ def test_hard_images_show_picture_label_and_prediction():
     assert "…ong/long/long/long/long/long/long/1.jpg" in page.told()
 
 
+def test_a_hard_image_that_was_right_is_not_marked_as_wrong():
+    images = [HardImage("u", "cat", "cat", 0.4, JPEG), HardImage("v", "cat", "dog", 0.9, JPEG)]
+    page = Page(render(new_report(hardest=images)))
+    marked = [attrs for attrs in page.of("span") if attrs.get("class") == "predicted"]
+    assert len(marked) == 1
+    assert "→ cat, 40 %" in page.told()
+
+
 def test_an_image_without_a_picture_still_stands_in_the_gallery():
     page = Page(render(new_report(hardest=[("s3://b/1.jpg", "cat", "dog", 0.93, None)])))
     assert "no picture" in page.told()
