@@ -21,7 +21,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     run = make_run(config)  # what is wrong here is said before a cluster is waited for
     from pipeline.telemetry import TrainingProgress
     from pipeline.training.result import publish, write_records
-    from pipeline.training.trainer import choose_workers, run_workers
+    from pipeline.training.trainer import choose_workers, run_training
 
     with connected_ray() as nodes:
         device = choose_device(nodes, config.compute.device)
@@ -29,7 +29,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         workers = choose_workers(nodes, config.compute, use_gpu=device == "cuda", num_lanes=config.data.num_lanes)
         begin(run)
         with TrainingProgress(num_steps=run.num_steps, interval_s=config.progress_interval_s) as progress:
-            run_workers(run, workers, progress.update)
+            run_training(run, workers, progress.update)
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
     duration_s = round(time.monotonic() - start, 1)

@@ -11,7 +11,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
@@ -30,6 +31,7 @@ from pipeline.training.worker import Notice, Worker
 _POLL_S = 0.5
 _STOP_WITHIN_S = 60.0
 
+T = TypeVar("T")
 Status = dict[str, Any]
 
 
@@ -67,16 +69,31 @@ def choose_workers(nodes: Sequence[Node], compute: TrainComputeConfig, *, use_gp
     return Workers(fewest, most, cpus, use_gpu)
 
 
-def run_workers(run: TrainingRun, workers: Workers, observe: Callable[[Status], None]) -> None:
-    """Train on a connected Ray to the end.
+def run_training(run: TrainingRun, workers: Workers, observe: Callable[[Status], None]) -> None:
+    """Train to the run's end on a connected Ray. Raises as `run_workers` and `loop.train` do."""
+    work = partial(_train, run.model_dump_json())
+    failures = run.config.compute.max_failures
+    run_workers(work, workers, name=run.config.run_id, max_failures=failures, observe=observe)
+
+
+def run_workers(
+    work: Callable[[Worker], T],
+    workers: Workers,
+    *,
+    name: str,
+    max_failures: int,
+    observe: Callable[[Status], None] = lambda status: None,
+) -> T:
+    """Do `work` on every rank, on a connected Ray; what it returns on rank 0.
 
     `observe` is called on this thread with what rank 0 tells. An exception on this thread, a signal's too, asks the
-    workers for a checkpoint and waits for it a while. Raises what all workers raised alike, and RunError where one
-    failed more than `compute.max_failures` times.
+    workers to stop and waits for that a while. A rank's death starts all of them again, `max_failures` times. Raises
+    the PipelineError that all ranks raised alike, and RunError with what else a rank failed of.
     """
     bulletin = _on_this_node(Bulletin)
     outcome: list[BaseException | None] = []
-    thread = threading.Thread(target=_fit, args=(run, workers, bulletin, outcome), name="ray-train", daemon=True)
+    fitting = partial(_fit, partial(_be_a_worker, work, bulletin, workers.cpus_per_worker), workers, name, max_failures)
+    thread = threading.Thread(target=lambda: outcome.append(_error_of(fitting)), name="ray-train", daemon=True)
     thread.start()  # not on the main thread, where Ray Train would put in a signal handler of its own
     try:
         while thread.is_alive():
@@ -89,8 +106,10 @@ def run_workers(run: TrainingRun, workers: Workers, observe: Callable[[Status], 
         raise
     if (error := outcome[0]) is not None:
         raise RunError(_cause(error)) from error
-    if (failure := ray.get(bulletin.failure.remote())) is not None:
+    failure, result = ray.get(bulletin.ended.remote())
+    if failure is not None:
         raise failure
+    return cast(T, result)
 
 
 class Bulletin:
@@ -99,7 +118,7 @@ class Bulletin:
     def __init__(self) -> None:
         self._told: list[Status] = []
         self._should_stop = False
-        self._failure: PipelineError | None = None
+        self._ended: tuple[PipelineError | None, Any] = None, None
 
     def tell(self, status: Status) -> bool:
         """Keep it for the driver; whether a stop was asked for."""
@@ -115,64 +134,70 @@ class Bulletin:
         """Ask for a stop at the next look."""
         self._should_stop = True
 
-    def fail(self, failure: PipelineError) -> None:
-        """Every rank raised it: starting again would change nothing."""
-        self._failure = failure
+    def end(self, failure: PipelineError | None, result: Any) -> None:
+        """Rank 0 is done. A failure is every rank's: starting again would change nothing."""
+        self._ended = failure, result
 
-    def failure(self) -> PipelineError | None:
-        """What `fail` was called with."""
-        return self._failure
-
-
-def _fit(run: TrainingRun, workers: Workers, bulletin: Any, outcome: list[BaseException | None]) -> None:
-    compute = run.config.compute
-    scaling = ray.train.ScalingConfig(
-        num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
-        use_gpu=workers.use_gpu,
-        resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
-    )
-    config = {"run": run.model_dump_json(), "num_threads": workers.cpus_per_worker, "bulletin": bulletin}
-    try:
-        with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
-            trainer = ray.train.torch.TorchTrainer(
-                _work,
-                train_loop_config=config,
-                scaling_config=scaling,
-                run_config=ray.train.RunConfig(
-                    name=run.config.run_id,
-                    storage_path=folder,  # Ray's records of this attempt; nothing is resumed from them
-                    failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
-                ),
-            )
-            trainer.fit()
-        outcome.append(None)
-    except BaseException as error:
-        outcome.append(error)
+    def ended(self) -> tuple[PipelineError | None, Any]:
+        """What `end` was told."""
+        return self._ended
 
 
-def _work(config: dict[str, Any]) -> None:
-    """One worker's life."""
-    run = TrainingRun.model_validate_json(config["run"])
-    context = ray.train.get_context()
-    torch.set_num_threads(config["num_threads"])  # Ray's actors begin with 1
+def _train(run_json: str, worker: Worker) -> None:
+    run = TrainingRun.model_validate_json(run_json)
     if run.device == "cuda" and run.config.compute.deterministic:
         torch.use_deterministic_algorithms(True)
-    voice = _Voice(config["bulletin"])
+    train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+
+
+def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int) -> None:
+    context = ray.train.get_context()
+    torch.set_num_threads(num_threads)  # Ray's actors begin with 1
+    voice = _Voice(bulletin)
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
-        num_threads=config["num_threads"],
+        num_threads=num_threads,
         notice=voice.notice,
         observe=voice.observe,
     )
+    failure, result = None, None
     try:
-        train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+        result = work(worker)
     except StorageError:
         raise  # one rank's, and perhaps passing
-    except PipelineError as failure:
-        if worker.rank == 0:
-            ray.get(config["bulletin"].fail.remote(failure))
+    except PipelineError as error:
+        failure = error
+    if worker.rank == 0:
+        ray.get(bulletin.end.remote(failure, result))
+
+
+def _fit(work: Callable[[], None], workers: Workers, name: str, max_failures: int) -> None:
+    most, fewest = workers.most, workers.fewest
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
+        trainer = ray.train.torch.TorchTrainer(
+            work,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=workers.use_gpu,
+                resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=folder,  # Ray's records of this attempt; nothing is resumed from them
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            ),
+        )
+        trainer.fit()
+
+
+def _error_of(action: Callable[[], None]) -> BaseException | None:
+    try:
+        action()
+    except BaseException as error:
+        return error
+    return None
 
 
 class _Voice:
