@@ -6,28 +6,31 @@ python -m jobs.demo [--root FOLDER]
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-from jobs import manifest, predict, run_job, verify
+from jobs import manifest, predict, run_job, train, verify
 from jobs.demo_images import CLASSES, draw_set
 from jobs.manifest import LabelsConfig, ManifestConfig, SourceConfig
 from jobs.verify import VerifyConfig
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Manifest
+from pipeline.data.transforms import Preprocessing
 from pipeline.inference.plan import PredictConfig, TablesConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.data.transforms import Preprocessing
-    from pipeline.models.catalog import Network
+from pipeline.models import registry
+from pipeline.models.bundle import Architecture
+from pipeline.training.config import (
+    AugmentConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 _NAME = "shapes"
 _ARCHITECTURE = "cifar_resnet8"
-_BATCH_SIZE = 64
 
 
 class DemoConfig(JobConfig):
@@ -49,13 +52,14 @@ def main(config: DemoConfig) -> dict[str, Any]:
     root = Path(config.root).absolute()
     _say(f"drawing {config.num_train} + {config.num_images} images of {len(CLASSES)} shapes under {root}")
     _draw(root / "train", num_images=config.num_train, seed=1)
+    _draw(root / "evaluation", num_images=config.num_train // 8, seed=3)
     _draw(root / "images", num_images=config.num_images, seed=2, num_broken=config.num_images // 100)
-    _say("listing them: two manifests")
-    for name in ("train", "images"):
+    _say("listing them: three manifests")
+    for name in ("train", "evaluation", "images"):
         manifest.main(_manifest_config(root, name))
-    _say("training a ResNet-8 on the first")
+    _say("training a ResNet-8 on the first, judging it by the second")
     _train(root, config.epochs)
-    _say("classifying and embedding the second")
+    _say("classifying and embedding the third")
     summary = predict.main(
         PredictConfig(
             manifest=str(root / "manifests" / "images"),
@@ -90,63 +94,29 @@ def _draw(folder: Path, **what: int) -> None:
 
 
 def _train(root: Path, epochs: int) -> None:
-    """Put a small net, trained by a plain loop over the set in memory, in the registry."""
-    from pipeline.data.transforms import Preprocessing
-    from pipeline.models import registry
-    from pipeline.models.bundle import Architecture, pack
-    from pipeline.models.catalog import build
-
+    """Put a small net, trained by the same job as any other, in the registry."""
     if registry.list_versions(str(root / "registry"), _NAME):
         return
-    preprocessing = Preprocessing(resize_size=32, crop_size=32)
-    listed = Manifest.open(str(root / "manifests" / "train"))
-    network = build(_ARCHITECTURE, len(CLASSES))
-    _fit(network, *_load(listed, preprocessing), epochs)
-    bundle, weights = pack(
-        network,
-        name=_NAME,
-        version="1",
-        architecture=Architecture(name=_ARCHITECTURE),
-        classes=list(CLASSES),
-        preprocessing=preprocessing,
-        training={"epochs": epochs, "manifest_digest": listed.digest},
+    summary = train.main(
+        TrainConfig(
+            train=str(root / "manifests" / "train"),
+            evaluate_on=str(root / "manifests" / "evaluation"),
+            output=str(root / "training"),
+            run_id=_NAME,
+            resume=storage.exists(storage.normalise(str(root / "training" / _NAME / "run.json"))),
+            registry=str(root / "registry"),
+            name=_NAME,
+            version="1",
+            architecture=Architecture(name=_ARCHITECTURE),
+            epochs=epochs,
+            batch_size=64,
+            augment=AugmentConfig(crop="pad", size=32),
+            optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, weight_decay=5e-4),
+            schedule=ScheduleConfig(kind="linear", warmup=2),
+            evaluation=EvaluationConfig(preprocessing=Preprocessing(resize_size=32, crop_size=32), every_epochs=5),
+        )
     )
-    registry.publish(str(root / "registry"), bundle, weights)
-
-
-def _load(listed: Manifest, preprocessing: "Preprocessing") -> "tuple[Tensor, Tensor]":
-    """Every image of the manifest, float32 N×3×H×W, and its label, int64 N."""
-    import torch
-
-    from pipeline.data.images import decode
-
-    rows = [row for shard in listed.shards() for row in listed.images(shard).to_pylist()]
-    pixels = [preprocessing.apply(decode(storage.read(row["uri"]), max_pixels=10**6)) for row in rows]
-    return preprocessing.normalise(torch.stack(pixels)), torch.tensor([row["label"] for row in rows])
-
-
-def _fit(network: "Network", images: "Tensor", labels: "Tensor", epochs: int) -> None:
-    """SGD with one cycle of the learning rate; a shape stays what it is when turned or mirrored."""
-    import torch
-    import torch.nn.functional as F
-
-    torch.manual_seed(0)
-    network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    num_batches = -(-len(images) // _BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs * num_batches)
-    for epoch in range(epochs):
-        total = 0.0
-        for chosen in torch.randperm(len(images)).split(_BATCH_SIZE):
-            batch = torch.rot90(images[chosen], int(torch.randint(4, ())), (2, 3))
-            loss = F.cross_entropy(network(batch)[0], labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        _say(f"  epoch {epoch + 1} of {epochs}: loss {total / num_batches:.3f}")
-    network.eval()
+    _say(f"  {summary['top1']:.1%} right on images kept apart; curves in {summary['report'].removeprefix('file://')}")
 
 
 def _accuracy(root: Path, predictions_uri: str) -> float:

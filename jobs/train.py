@@ -21,6 +21,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     run = make_run(config)  # what is wrong here is said before a cluster is waited for
     from pipeline.telemetry import TrainingProgress
     from pipeline.training.result import publish, write_records
+    from pipeline.training.tracking import Tracker
     from pipeline.training.trainer import choose_workers, run_training
 
     with connected_ray() as nodes:
@@ -28,8 +29,16 @@ def main(config: TrainConfig) -> dict[str, Any]:
         run = run.model_copy(update={"device": device})
         workers = choose_workers(nodes, config.compute, use_gpu=device == "cuda", num_lanes=config.data.num_lanes)
         begin(run)
-        with TrainingProgress(num_steps=run.num_steps, interval_s=config.progress_interval_s) as progress:
-            run_training(run, workers, progress.update)
+        with (
+            Tracker(run) as tracker,
+            TrainingProgress(num_steps=run.num_steps, interval_s=config.progress_interval_s) as progress,
+        ):
+
+            def observe(told: dict[str, Any]) -> None:
+                progress.update(told)
+                tracker.update(told)
+
+            run_training(run, workers, observe)
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
     duration_s = round(time.monotonic() - start, 1)

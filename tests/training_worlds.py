@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from jobs.demo_images import draw_set
+from pipeline import storage
+from pipeline.data.manifest import Manifest, write_manifest
+from pipeline.data.pack import encode, pack_images
+from pipeline.data.packed import PackedSource
+from pipeline.data.readers import read_shard
 from pipeline.data.training_set import TrainingSet
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import train
@@ -17,6 +25,28 @@ def make_sets(root: Path, *, num_train: int = 48, num_evaluation: int = 20, num_
     for number, (name, num_images) in enumerate({"train": num_train, "evaluation": num_evaluation}.items()):
         draw_set(root / f"{name}-images", num_images=num_images, seed=number, num_broken=num_broken)
         list_images(root / f"{name}-images", root / name, shard_size=7)
+
+
+def make_square_sets(root: Path, *, num_images: int = 24, side: int = 32) -> None:
+    """The same manifests, of noise PNGs of one size in two classes."""
+    noise = np.random.default_rng(0)
+    for name in ("train", "evaluation"):
+        for number in range(num_images):
+            path = root / f"{name}-images" / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)).save(path)
+        list_images(root / f"{name}-images", root / name, shard_size=7)
+
+
+def pack_set(manifest_uri: Path | str, packed: Path) -> None:
+    """The images of a manifest as packed shards, and the manifest of these, both below `packed`."""
+    loose = Manifest.open(str(manifest_uri))
+    for shard in loose.shards():
+        images = loose.images(shard)
+        encoded = read_shard(shard, images, allowed_roots=["file://"], max_bytes=1 << 20)
+        table = pack_images(images, encoded, lambda data: data, {}).table
+        storage.write(f"file://{packed}/data/{shard.shard_id:08d}.parquet", encode(table))
+    write_manifest(str(packed), PackedSource(f"{packed}/data"), shard_size=7, classes=loose.classes)
 
 
 def train_config(root: Path, **fields: Any) -> TrainConfig:

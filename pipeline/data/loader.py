@@ -8,17 +8,19 @@ from typing import TypeAlias
 import torch
 
 from pipeline import storage
-from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 
 Decode: TypeAlias = Callable[[bytes], torch.Tensor]
+View: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a decoded image, uint8 3×H×W, ready to be stacked, as `Preprocessing.apply` does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Images ready for the device.
 
-    `rows` are their positions in the shard; `pixels` holds one uint8 tensor N×3×H×W per preprocessing asked for.
+    `rows` are their positions in the shard; `pixels` holds one uint8 tensor per view asked for, N× what the view makes
+    of an image, mostly 3×H×W.
     """
 
     rows: list[int]
@@ -40,7 +42,7 @@ class LoadLog:
 def load_batches(
     encoded: Iterable[bytes | ImageError],
     decode: Decode,
-    preprocessings: Sequence[Preprocessing],
+    views: Sequence[View],
     *,
     batch_size: int,
     num_threads: int,
@@ -48,13 +50,13 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Batches of `batch_size` images (the last may be shorter) from the encoded images of one shard, in order.
 
-    Each image is decoded once, whatever the number of preprocessings. One that fails goes to `log.errors` and leaves no
-    gap: which images share a batch depends on the shard alone.
+    Each image is decoded once, whatever the number of views. One that fails goes to `log.errors` and leaves no gap:
+    which images share a batch depends on the shard alone.
     """
 
     def load(item: bytes | ImageError) -> tuple[list[torch.Tensor] | ImageError, float]:
         start = time.perf_counter()
-        pixels = item if isinstance(item, ImageError) else _decode_one(item, decode, preprocessings)
+        pixels = item if isinstance(item, ImageError) else _decode_one(item, decode, views)
         return pixels, time.perf_counter() - start
 
     rows: list[int] = []
@@ -73,12 +75,10 @@ def load_batches(
         yield _stack(rows, images)
 
 
-def _decode_one(
-    data: bytes, decode: Decode, preprocessings: Sequence[Preprocessing]
-) -> list[torch.Tensor] | ImageError:
+def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> list[torch.Tensor] | ImageError:
     try:
         image = decode(data)
-        return [preprocessing.apply(image) for preprocessing in preprocessings]
+        return [view(image) for view in views]
     except ImageError as error:
         return error
     except Exception as error:  # whatever one image does to a library is that image's

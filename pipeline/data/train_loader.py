@@ -122,11 +122,9 @@ class TrainLoader:
             yield from ((row, _Item(refs[row], int(labels[row]), None)) for row in sorted(wanted))
             return
         encoded = read_shard(shard, table, allowed_roots=self.limits.allowed_roots, max_bytes=self.limits.max_bytes)
-        for row, data in enumerate(encoded):
+        for row, data in zip(range(max(wanted) + 1), encoded, strict=False):
             if row in wanted:
                 yield row, _Item(refs[row], int(labels[row]), data)
-            if row >= max(wanted):
-                return
 
     def _whole_shard(self, shard: Shard) -> Iterator["_Item"]:
         return (item for _, item in self._load_rows(shard.shard_id, set(range(shard.num_images))))

@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ManifestError
 
-_MD5 = re.compile(r'"?[0-9a-f]{32}"?')  # the etag of an object that came in one PUT: its content's
+_MD5 = re.compile(r"[0-9a-f]{32}")  # the etag of an object that came in one PUT: its content's
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class TrainingSet:
 
 def refuse_overlap(train: TrainingSet, evaluation: TrainingSet) -> None:
     """Raises ManifestError where an image is in both: the same uri, or the same content as far as etags tell it."""
-    contents = set(_contents(evaluation.manifest))
-    shared = [content for content in _contents(train.manifest) if content in contents]
+    evaluated = {content for contents in _contents(evaluation.manifest) for content in contents}
+    shared = [contents[0] for contents in _contents(train.manifest) if not evaluated.isdisjoint(contents)]
     if shared:
         raise ManifestError(
             f"expected no image in both {train.manifest.uri!r} and {evaluation.manifest.uri!r}, found {len(shared)}, "
@@ -89,11 +89,10 @@ def _labels(column: pa.ChunkedArray, uri: str) -> npt.NDArray[np.int64]:
     return np.asarray(column.to_numpy(), np.int64)
 
 
-def _contents(manifest: Manifest) -> Iterator[str]:
-    """What tells an image's content: its etag where that is one of content, and its name in any case."""
+def _contents(manifest: Manifest) -> Iterator[list[str]]:
+    """What tells each image's content: its name, and its etag where that is one of content."""
     for shard in manifest.shards():
         images = manifest.images(shard)
         for uri, etag in zip(images["uri"].to_pylist(), images["etag"].to_pylist(), strict=True):
-            yield uri
-            if etag is not None and _MD5.fullmatch(etag):
-                yield etag
+            content = (etag or "").strip('"')  # quoted in some tables
+            yield [uri, content] if _MD5.fullmatch(content) else [uri]

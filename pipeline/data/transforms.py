@@ -67,7 +67,7 @@ class Preprocessing(Section):
         Equals torchvision's v2 `resize` and `center_crop` on the same tensor bit for bit. Raises ImageError at stage
         `preprocess`, `aspect_ratio`, where the image is so narrow that resizing it would take some hundred megabytes.
         """
-        return self._crop(self.resize(image))
+        return self.crop(self.resize(image))
 
     def resize(self, image: "torch.Tensor") -> "torch.Tensor":
         """The first half of `apply`: uint8 3×H×W to uint8 3×H'×W' of `resized_size`. Raises as `apply`."""
@@ -85,6 +85,16 @@ class Preprocessing(Section):
             align_corners = None if self.interpolation == "nearest" else False
             image = F.interpolate(batch, resized, None, self.interpolation, align_corners, antialias=antialias)[0]
         return image
+
+    def crop(self, image: "torch.Tensor") -> "torch.Tensor":
+        """The second half of `apply`: 3×H×W to its centre, 3×crop_size×crop_size, a view where nothing is lacking."""
+        from torch.nn import functional as F
+
+        lacking_y, lacking_x = (max(self.crop_size - side, 0) for side in image.shape[1:])
+        if lacking_y or lacking_x:
+            image = F.pad(image, (lacking_x // 2, (lacking_x + 1) // 2, lacking_y // 2, (lacking_y + 1) // 2))
+        top, left = (round((side - self.crop_size) / 2) for side in image.shape[1:])
+        return image[:, top : top + self.crop_size, left : left + self.crop_size]
 
     def normalise(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Scale a batch to the model's range: uint8 N×3×H×W to float32 N×3×H×W on the same device.
@@ -109,12 +119,3 @@ class Preprocessing(Section):
                 f"from {width}×{height}",
             )
         return (new_long, self.resize_size) if width <= height else (self.resize_size, new_long)
-
-    def _crop(self, image: "torch.Tensor") -> "torch.Tensor":
-        from torch.nn import functional as F
-
-        lacking_y, lacking_x = (max(self.crop_size - side, 0) for side in image.shape[1:])
-        if lacking_y or lacking_x:
-            image = F.pad(image, (lacking_x // 2, (lacking_x + 1) // 2, lacking_y // 2, (lacking_y + 1) // 2))
-        top, left = (round((side - self.crop_size) / 2) for side in image.shape[1:])
-        return image[:, top : top + self.crop_size, left : left + self.crop_size]

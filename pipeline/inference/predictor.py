@@ -14,6 +14,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.errors import BundleError
 from pipeline.inference.plan import Model, Run
 from pipeline.models.bundle import Bundle, load_network
+from pipeline.models.precision import compute_repeatably
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -51,9 +52,7 @@ class Predictor:
         self._device = torch.device(run.device)
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
-            torch.backends.cudnn.benchmark = False  # the same kernels, hence the same bytes, at every attempt
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+            compute_repeatably()
         self._networks = [
             load_network(model.uri).to(self._device).to(memory_format=torch.channels_last) for model in run.models
         ]

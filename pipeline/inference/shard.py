@@ -64,7 +64,7 @@ def load_shard(
         yield from load_batches(
             not_an_outage,
             partial(decode, max_pixels=run.images.max_pixels),
-            preprocessings,
+            [preprocessing.apply for preprocessing in preprocessings],
             batch_size=run.batch_size,
             num_threads=1 if isolated else num_threads,
             log=log,

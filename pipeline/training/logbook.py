@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
-from pipeline.training.evaluate import Outcome
+from pipeline.training.counts import Outcome
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
 
@@ -23,7 +23,7 @@ _URIS_TOLD = 8
 class _Step:
     number: int
     learning_rate: float
-    batch: TrainBatch
+    uris: list[str]
     totals: Tensor
 
 
@@ -35,7 +35,7 @@ class Logbook:
 
     def __init__(self, run: TrainingRun, worker: Worker) -> None:
         self._run, self._worker = run, worker
-        self._look_every = max(1, min(10, run.num_steps // 100), run.num_steps // _MOST_LOOKS)
+        self._look_every = max(1, min(10, run.num_steps // 100), math.ceil(run.num_steps / _MOST_LOOKS))
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.errors: dict[str, list[str]] = {}
@@ -56,7 +56,7 @@ class Logbook:
 
     def add(self, number: int, learning_rate: float, batch: TrainBatch, totals: Tensor) -> None:
         """A step was done; `totals` float64 are the sum of losses, the right answers and the images that counted."""
-        self._steps.append(_Step(number, learning_rate, batch, totals))
+        self._steps.append(_Step(number, learning_rate, batch.uris, totals))
 
     def is_look_due(self, step: int) -> bool:
         """Whether the steps since the last look shall be summed up now."""
@@ -70,18 +70,19 @@ class Logbook:
         """
         notice = self._worker.notice()
         totals = torch.stack([step.totals for step in self._steps]).sum(0).tolist() if self._steps else [0.0] * 3
-        num_planned = sum(len(step.batch.labels) for step in self._steps)
-        mine = [*totals, num_planned, self._wait_s, notice.should_checkpoint, notice.should_stop]
+        num_planned = sum(len(step.uris) for step in self._steps)
+        elapsed_s = time.perf_counter() - self._start
+        mine = [*totals, num_planned, self._wait_s, elapsed_s, notice.should_checkpoint, notice.should_stop]
         device = self._worker.device
         summed = self._worker.sum(torch.tensor([float(value) for value in mine], dtype=torch.float64, device=device))
-        loss, num_right, num_counted, num_planned, wait_s, should_checkpoint, should_stop = summed.tolist()
+        loss, num_right, num_counted, num_planned, wait_s, elapsed_s, should_checkpoint, should_stop = summed.tolist()
         if not math.isfinite(loss):
             self._refuse_loss()
         self._num_seen += num_planned
         self._num_failed += num_planned - num_counted
         self._refuse_failures()
         if self._steps:
-            self._enter(loss / max(num_counted, 1), num_right / max(num_counted, 1), num_planned, wait_s)
+            self._enter(loss / max(num_counted, 1), num_right / max(num_counted, 1), num_planned, wait_s, elapsed_s)
         return Notice(should_checkpoint > 0, should_stop > 0)
 
     def judge(self, step: int, outcome: Outcome, failed: dict[str, ImageError]) -> None:
@@ -102,7 +103,8 @@ class Logbook:
             "hardest": [asdict(image) for image in outcome.hardest],
         }
         self._gather_errors(failed)
-        self._observe({"evaluation_top1": counts.top1_accuracy, "evaluated_at": step})
+        told = {f"evaluation_{name}": entry[name] for name in ("top1", "top5", "loss")}
+        self._observe({**told, "evaluated_at": step})
         self._restart_clock()  # the evaluation's seconds are not training's
 
     def state(self) -> dict[str, Any]:
@@ -112,15 +114,18 @@ class Logbook:
             "evaluations": self.evaluations,
             "errors": self.errors,
             "outcome": self.last_outcome,
+            "num_seen": self._num_seen,
+            "num_failed": self._num_failed,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.history, self.evaluations = list(state["history"]), list(state["evaluations"])
         self.errors, self.last_outcome = dict(state["errors"]), dict(state["outcome"])
+        self._num_seen, self._num_failed = state["num_seen"], state["num_failed"]
 
-    def _enter(self, loss: float, top1: float, num_images: float, wait_s: float) -> None:
-        elapsed_s = time.perf_counter() - self._start
+    def _enter(self, loss: float, top1: float, num_images: float, all_wait_s: float, all_elapsed_s: float) -> None:
+        elapsed_s = all_elapsed_s / self._worker.world_size
         step = self._steps[-1]
         entry = {
             "step": step.number,
@@ -129,7 +134,7 @@ class Logbook:
             "top1": top1,
             "learning_rate": step.learning_rate,
             "images_per_s": num_images / elapsed_s,
-            "data_wait_share": wait_s / elapsed_s / self._worker.world_size,
+            "data_wait_share": all_wait_s / all_elapsed_s,
         }
         self.history.append(entry)
         left = (self._run.num_steps - step.number) * elapsed_s / len(self._steps)
@@ -152,7 +157,7 @@ class Logbook:
     def _refuse_loss(self) -> None:
         """Every rank names the same images: those of the first step whose loss was no number on any rank."""
         mine = [
-            (step.number, step.learning_rate, step.batch.uris)
+            (step.number, step.learning_rate, step.uris)
             for step in self._steps
             if not math.isfinite(step.totals[0].item())
         ]
@@ -169,9 +174,11 @@ class Logbook:
         )
 
     def _refuse_failures(self) -> None:
-        most = self._run.config.data.max_error_rate * max(self._num_seen, self._run.num_images)
-        if self._num_failed > most:
+        """Held against whole epochs: an epoch's bad images may all come at its beginning."""
+        most, num_images = self._run.config.data.max_error_rate, self._run.num_images
+        num_epochs = max(math.ceil(self._num_seen / num_images), 1)
+        if self._num_failed / (num_epochs * num_images) > most:
             raise RunError(
-                f"expected at most {most:.0f} images that cannot be used (data.max_error_rate), got "
-                f"{self._num_failed:.0f} of the {self._num_seen:.0f} seen: is the store reachable, the format known?"
+                f"expected at most {most:.2%} of {num_images} images an epoch to be unusable (data.max_error_rate), "
+                f"got {self._num_failed:.0f} in {num_epochs} epochs begun: is the store reachable, the format known?"
             )

@@ -6,7 +6,6 @@ that number, random numbers too, so a run that goes on from a checkpoint does wh
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,11 +20,13 @@ from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network, build
+from pipeline.models.precision import autocast_type
 from pipeline.models.resnet import zero_init_last_norm
 from pipeline.training import augment, checkpoint, optim
 from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.counts import Outcome
 from pipeline.training.ema import Ema
-from pipeline.training.evaluate import Outcome, Setup, evaluate
+from pipeline.training.evaluate import Setup, evaluate_together
 from pipeline.training.logbook import Logbook
 from pipeline.training.loss import Loss
 from pipeline.training.run import TrainingRun
@@ -74,10 +75,12 @@ class Trainee:
         self._run, self._worker = run, worker
         config, device = run.config, worker.device
         self.step = 0
-        self.precision = _precision(run, device)
+        self.precision = autocast_type(config.compute.precision, device)
         self._network = make_network(run).to(device).to(memory_format=torch.channels_last)
         optim.freeze(self._network, config.start)
-        if config.compute.sync_batch_norm and worker.world_size > 1:
+        if config.compute.sync_batch_norm and device.type != "cuda":
+            raise ConfigError("compute.sync_batch_norm: expected GPUs, torch synchronises norms on no other device")
+        if config.compute.sync_batch_norm:
             self._network = nn.SyncBatchNorm.convert_sync_batchnorm(self._network)
         optim.train_mode(self._network, config.start)
         self._optimizer = optim.make_optimizer(self._network, config.optimizer, batch_size=config.batch_size)
@@ -232,27 +235,15 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
     data = run.config.data
     setup = Setup(
         preprocessing=run.preprocessing,
+        images=data,
         batch_size=run.config.evaluation.batch_size,
         device=worker.device,
         precision=trainee.precision,
         keep_hardest=NUM_HARDEST,
-        allowed_roots=data.allowed_roots,
-        max_pixels=data.max_pixels,
-        max_bytes=data.max_bytes,
-        fetch_concurrency=data.fetch_concurrency,
         num_threads=data.decode_threads or worker.num_threads,
     )
     worker.share_buffers(trainee.judged_network)
-    outcome = evaluate(
-        trainee.judged_network,
-        evaluation_set.manifest,
-        setup,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        reduce=worker.sum,
-    )
-    hardest = [image for of_rank in worker.gather(outcome.hardest) for image in of_rank]
-    return replace(outcome, hardest=sorted(hardest, key=lambda image: -image.loss)[:NUM_HARDEST])
+    return evaluate_together(trainee.judged_network, evaluation_set.manifest, setup, worker)
 
 
 def _batches(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
@@ -278,14 +269,6 @@ def _is_evaluation_due(run: TrainingRun, step: int) -> bool:
 def _is_due(step: int, every: float | None) -> bool:
     """Whether a multiple of `every` was passed by this step."""
     return every is not None and step // every > (step - 1) // every
-
-
-def _precision(run: TrainingRun, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in; None for float32."""
-    asked = run.config.compute.precision
-    if asked == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if asked == "bfloat16" else None
 
 
 def _replicated(network: Network, worker: Worker) -> nn.Module:

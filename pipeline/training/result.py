@@ -20,9 +20,9 @@ from pipeline.tables import schemas
 from pipeline.tables.writing import encode
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
-from pipeline.training.evaluate import Protocol
 from pipeline.training.loop import make_network
-from pipeline.training.run import TrainingRun
+from pipeline.training.protocol import Protocol
+from pipeline.training.run import MAY_CHANGE, TrainingRun
 
 Facts = dict[str, Any]
 
@@ -82,7 +82,7 @@ def _origin(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, JsonValue
         "train_digest": run.train_digest,
         "evaluation_digest": run.evaluation_digest,
         "start_digest": run.start_digest,
-        "config": run.config.model_dump(mode="json", exclude={"resume", "progress_interval_s", "alias"}),
+        "config": run.config.model_dump(mode="json", exclude=MAY_CHANGE),
     }
 
 

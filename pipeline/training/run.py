@@ -24,7 +24,7 @@ from pipeline.models.bundle import Architecture, Bundle
 from pipeline.training.config import TrainConfig
 
 # Where and how hard, not what: these do not change the weights.
-_MAY_CHANGE: dict[str, Any] = {
+MAY_CHANGE: dict[str, Any] = {
     "resume": True,
     "alias": True,
     "progress_interval_s": True,
@@ -37,7 +37,6 @@ _MAY_CHANGE: dict[str, Any] = {
         "max_error_rate",
         "allowed_roots",
         "max_bytes",
-        "cache",
     },
     "evaluation": {"batch_size"},
     "compute": {"num_workers", "cpus_per_worker", "max_failures", "compile", "deterministic"},
@@ -164,7 +163,7 @@ def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
 
 
 def _refuse_change(earlier: TrainingRun, now: TrainingRun) -> None:
-    before, after = (_flat(run.model_dump(mode="json", exclude={"config": _MAY_CHANGE})) for run in (earlier, now))
+    before, after = (_flat(run.model_dump(mode="json", exclude={"config": MAY_CHANGE})) for run in (earlier, now))
     refuse_change(before, after, f"resume: run {now.config.run_id!r} began otherwise; go back to that, or begin anew")
 
 

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster import Node
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, PipelineError, RunError, StorageError
+from pipeline.training.bulletin import Bulletin, Status
 from pipeline.training.config import TrainComputeConfig
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingRun
@@ -32,7 +33,6 @@ _POLL_S = 0.5
 _STOP_WITHIN_S = 60.0
 
 T = TypeVar("T")
-Status = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,37 +110,6 @@ def run_workers(
     if failure is not None:
         raise failure
     return cast(T, result)
-
-
-class Bulletin:
-    """Where rank 0 tells its progress and asks what is wanted; one actor, on the driver's node."""
-
-    def __init__(self) -> None:
-        self._told: list[Status] = []
-        self._should_stop = False
-        self._ended: tuple[PipelineError | None, Any] = None, None
-
-    def tell(self, status: Status) -> bool:
-        """Keep it for the driver; whether a stop was asked for."""
-        self._told.append(status)
-        return self._should_stop
-
-    def take(self) -> list[Status]:
-        """What was told since the last time."""
-        told, self._told = self._told, []
-        return told
-
-    def stop(self) -> None:
-        """Ask for a stop at the next look."""
-        self._should_stop = True
-
-    def end(self, failure: PipelineError | None, result: Any) -> None:
-        """Rank 0 is done. A failure is every rank's: starting again would change nothing."""
-        self._ended = failure, result
-
-    def ended(self) -> tuple[PipelineError | None, Any]:
-        """What `end` was told."""
-        return self._ended
 
 
 def _train(run_json: str, worker: Worker) -> None:

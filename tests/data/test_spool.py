@@ -14,8 +14,8 @@ def test_a_duplicate_uri_is_named() -> None:
 
 
 def test_equal_hashes_of_different_uris_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = spool_module._hash
-    monkeypatch.setattr(spool_module, "_hash", lambda uris, seed=None: whole(uris, seed) % 5)
+    whole = spool_module.hash_uris
+    monkeypatch.setattr(spool_module, "hash_uris", lambda uris, seed=None: whole(uris, seed) % 5)
     assert write_manifest(fresh(), Rows(some_rows(50)), shard_size=5).num_images == 50
     with pytest.raises(ManifestError, match="0003"):
         write_manifest(fresh(), Rows([*some_rows(50), some_rows(4)[3]]), shard_size=5)

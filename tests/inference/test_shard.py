@@ -149,7 +149,7 @@ def test_whatever_preprocessing_raises_is_the_images_error():
         return torch.zeros(3)
 
     log = LoadLog()
-    resize = [Preprocessing(resize_size=4, crop_size=4)]
+    resize = [Preprocessing(resize_size=4, crop_size=4).apply]
     assert list(load_batches([b"x"], decode_to_nonsense, resize, batch_size=2, num_threads=1, log=log)) == []
     assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
 
@@ -178,7 +178,7 @@ def test_batches_hold_every_good_image_once_in_order_and_are_full_but_for_the_la
         load_batches(
             encoded,
             decode_or_fail,
-            [Preprocessing(resize_size=2, crop_size=2)],
+            [Preprocessing(resize_size=2, crop_size=2).apply],
             batch_size=batch_size,
             num_threads=num_threads,
             log=log,

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.demo_images import draw_set
+from tests.integration.kills import descendants, kill, raylet_of
 from tests.worlds import list_images, make_bundle, run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -31,54 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 NUM_IMAGES = 2_000
 SHARD_SIZE = 50
 VICTIMS = ("driver", "actor", "node", "sigterm")
-
-
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head without CPUs and two nodes of one CPU each."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Every process below `pid`, with its command line."""
-    children: dict[int, list[int]] = {}
-    commands: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                status = (entry / "stat").read_text()
-                commands[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
-            except OSError:
-                continue
-            parent = int(status.rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    found: dict[int, str] = {}
-    queue = [pid]
-    while queue:
-        for child in children.get(queue.pop(), []):
-            found[child] = commands.get(child, "")
-            queue.append(child)
-    return found
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def raylet_of(node: Any) -> int:
-    pid: int = node.all_processes["raylet"][0].process.pid
-    return pid
 
 
 def strike(victim: str, driver: subprocess.Popen, cluster: Any, rng: random.Random) -> bool:
@@ -121,7 +73,8 @@ def digests(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(7200)
-def test_after_any_kills_a_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path, capsys, cluster, monkeypatch):
+def test_after_any_kills_a_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path, capsys, two_nodes, monkeypatch):
+    cluster = two_nodes
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     rng = random.Random(int(os.environ.get("KILLS_SEED", "0")))
     num_kills = int(os.environ.get("KILLS", "6"))

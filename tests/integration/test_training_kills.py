@@ -1,0 +1,147 @@
+"""Kill a worker, the driver or a node in the middle of an epoch: the rerun ends with an undisturbed run's weights."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.training import checkpoint
+from tests.integration.kills import descendants, kill, raylet_of
+from tests.training_worlds import make_square_sets
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+
+NUM_STEPS = 90  # 3 epochs of 30 steps
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("training")
+    make_square_sets(folder, num_images=480)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root) -> dict[str, torch.Tensor]:
+    train(root, "undisturbed")
+    return last_weights(root, "undisturbed")
+
+
+def command(root: Path, run_id: str, **more: Any) -> list[str]:
+    fields = {"train": "train", "evaluate_on": "evaluation", "output": "runs", "registry": "registry"}
+    flags = {
+        **{name: root / folder for name, folder in fields.items()},
+        "run_id": run_id,
+        "name": run_id,
+        "version": 1,
+        "architecture.name": "cifar_resnet20",
+        "evaluation.preprocessing.resize_size": 32,
+        "evaluation.preprocessing.crop_size": 32,
+        "augment.crop": "pad",
+        "augment.size": 32,
+        "batch_size": 16,
+        "epochs": 3,
+        "checkpoint.every_steps": 13,
+        "compute.num_workers": 2,
+        "compute.cpus_per_worker": 1,
+        "progress_interval_s": 0.2,
+        **more,
+    }
+    return [
+        sys.executable,
+        "-m",
+        "jobs.train",
+        *(text for name, value in flags.items() for text in (f"--{name}", str(value))),
+    ]
+
+
+def start(root: Path, run_id: str, **more: Any) -> subprocess.Popen[str]:
+    with (root / f"{run_id}.log").open("ab") as log:
+        return subprocess.Popen(command(root, run_id, **more), stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def finish(root: Path, run_id: str, driver: subprocess.Popen[str]) -> dict[str, Any]:
+    stdout, _ = driver.communicate(timeout=400)
+    assert driver.returncode == 0, stdout + (root / f"{run_id}.log").read_text()[-4000:]
+    summary: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return summary
+
+
+def train(root: Path, run_id: str, **more: Any) -> dict[str, Any]:
+    return finish(root, run_id, start(root, run_id, **more))
+
+
+def last_weights(root: Path, run_id: str) -> dict[str, torch.Tensor]:
+    state = checkpoint.read(f"file://{root}/runs/{run_id}", NUM_STEPS)
+    weights: dict[str, torch.Tensor] = state["network"]
+    return weights
+
+
+def until_mid_epoch(root: Path, run_id: str, driver: subprocess.Popen[str]) -> None:
+    """Until a checkpoint is there and steps after it were done."""
+    deadline = time.monotonic() + 300
+    while driver.poll() is None and time.monotonic() < deadline:
+        steps = checkpoint.list_steps(f"file://{root}/runs/{run_id}")
+        if steps and 13 <= steps[-1] < 60:
+            time.sleep(0.3)
+            return
+        time.sleep(0.05)
+    raise AssertionError((root / f"{run_id}.log").read_text()[-4000:])
+
+
+def workers_below(pid: int) -> list[int]:
+    return [below for below, name in descendants(pid).items() if name.startswith("ray::") and "TrainWorker" in name]
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+@pytest.mark.parametrize("victim", ["worker", "node", "driver", "sigterm"])
+def test_whatever_dies_the_weights_are_an_undisturbed_runs(root, undisturbed, two_nodes, monkeypatch, victim):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+    driver = start(root, victim)
+    until_mid_epoch(root, victim, driver)
+    node = sorted(two_nodes.worker_nodes, key=raylet_of)[0]
+    if victim == "worker":
+        kill(workers_below(raylet_of(node))[:1])
+    elif victim == "node":
+        below = list(descendants(raylet_of(node)))
+        two_nodes.remove_node(node, allow_graceful=False)
+        kill(below)
+        two_nodes.add_node(num_cpus=1)
+    else:
+        driver.send_signal(signal.SIGKILL if victim == "driver" else signal.SIGTERM)
+        driver.wait(120)
+        assert driver.returncode in (1, -signal.SIGKILL)
+        driver = start(root, victim, resume="true")
+    assert finish(root, victim, driver)["status"] == "done"
+    assert largest_difference(undisturbed, last_weights(root, victim)) <= 1e-6
+
+
+def test_a_stop_leaves_a_checkpoint_of_the_step_it_came_at(root, two_nodes, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+    driver = start(root, "stopped", **{"checkpoint.every_steps": 20})
+    until_mid_epoch(root, "stopped", driver)
+    driver.terminate()
+    driver.wait(120)
+    last = checkpoint.list_steps(f"file://{root}/runs/stopped")[-1]
+    assert last % 20
+    assert last % 30
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(root, two_nodes, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+    began = time.monotonic()
+    refused = start(root, "crowd", **{"compute.num_workers": 5})
+    stdout, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert "5 workers of 1 CPUs each do not fit this cluster, 2 do" in json.loads(stdout)["message"]
+    assert time.monotonic() - began < 60
+    assert not (root / "runs/crowd").exists()

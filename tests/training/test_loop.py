@@ -1,0 +1,171 @@
+"""The loop does what a plain PyTorch loop does, alone or with others, disturbed or not."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from pipeline.data.training_set import TrainingSet
+from pipeline.errors import ConfigError, RunError
+from pipeline.training import checkpoint
+from pipeline.training.loop import make_loader, make_network, train
+from pipeline.training.run import TrainingRun, make_run
+from pipeline.training.worker import Notice, Worker
+from tests.training_worlds import make_sets, make_square_sets, train_config, train_here
+
+AUGMENTED = {
+    "augment": {"crop": "pad", "size": 32, "policy": "trivial_augment", "random_erasing": 0.5, "mixup": 0.2},
+    "loss": {"label_smoothing": 0.1},
+    "ema": {"decay": 0.9},
+    "optimizer": {"nesterov": True, "clip_norm": 1.0, "accumulation_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sets")
+    make_sets(folder)
+    return folder
+
+
+def last_state(run: TrainingRun) -> dict[str, Any]:
+    state = checkpoint.read_last(run.uri)
+    assert state is not None
+    return state
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+def stopping_at(step: int) -> Worker:
+    """A worker whose `step`-th look comes with a wish to stop."""
+    looks = iter(range(1, 10_000))
+    return Worker(notice=lambda: Notice(should_stop=next(looks) == step))
+
+
+def test_a_few_hundred_steps_equal_a_plain_loop(root):
+    fields = {
+        "augment": {"crop": "center", "size": 16},
+        "optimizer": {"learning_rate": 0.01, "decay_norm_and_bias": True},
+        "schedule": {"kind": "constant"},
+    }
+    run = train_here(train_config(root, run_id="plain", epochs=None, steps=200, **fields))
+
+    images = TrainingSet.open(run.config.train)
+    network = make_network(run).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    loader = make_loader(run, Worker(), images)
+    step = 0
+    for epoch in range(200 // run.steps_per_epoch + 1):
+        for batch in loader.batches(epoch, 0, rank=0, world_size=1, size_at=lambda _: 16):
+            flipped = torch.where((batch.draws[:, 3] < 0.5).view(-1, 1, 1, 1), batch.pixels.flip(-1), batch.pixels)
+            pixels = run.preprocessing.normalise(flipped)
+            loss = F.cross_entropy(network(pixels.to(memory_format=torch.channels_last))[0], batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if step == 200:
+                break
+    assert step == 200
+    assert largest_difference(last_state(run)["network"], network.state_dict()) < 1e-4
+
+
+@pytest.mark.parametrize("stop_at", [1, 7])
+def test_a_run_that_was_stopped_ends_with_the_weights_of_an_undisturbed_one(root, stop_at):
+    undisturbed = train_here(train_config(root, run_id=f"undisturbed-{stop_at}", **AUGMENTED))
+    config = train_config(root, run_id=f"stopped-{stop_at}", **AUGMENTED)
+    stopped = train_here(config, stopping_at(stop_at))
+    assert last_state(stopped)["step"] == stop_at
+    train_here(config)
+    there, here = last_state(undisturbed), last_state(stopped)
+    assert largest_difference(there["network"], here["network"]) == 0
+    assert largest_difference(there["ema"], here["ema"]) == 0
+    assert [entry["top1"] for entry in there["evaluations"]] == [entry["top1"] for entry in here["evaluations"]]
+
+
+def test_a_cached_run_sees_what_an_uncached_one_sees(tmp_path):
+    make_square_sets(tmp_path)
+    fields = {"augment": {"crop": "pad", "size": 32}}
+    runs = [
+        train_here(train_config(tmp_path, run_id=f"cache-{cache}", data={"cache": cache}, **fields))
+        for cache in ("none", "memory", "device")
+    ]
+    first, *others = (last_state(run)["network"] for run in runs)
+    assert all(largest_difference(first, other) == 0 for other in others)
+
+
+def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statistics(root):
+    runs = [
+        train_here(
+            train_config(
+                root, run_id=f"parts-{parts}", start={"freeze": "norms"}, optimizer={"accumulation_steps": parts}
+            )
+        )
+        for parts in (1, 3)
+    ]
+    assert largest_difference(*(last_state(run)["network"] for run in runs)) < 1e-5
+
+
+def test_a_network_that_meets_no_number_stops_with_step_rate_and_images(root):
+    config = train_config(root, run_id="diverges", optimizer={"learning_rate": 1e30}, schedule={"kind": "constant"})
+    with pytest.raises(RunError, match=r"step \d+: expected a finite loss, got none at learning rate 1e\+30") as caught:
+        train_here(config)
+    assert len(caught.value.details["images"]) == 8
+    assert all(uri.startswith("file://") for uri in caught.value.details["images"])
+
+
+def test_a_linear_probe_changes_its_head_alone(root):
+    run = train_here(train_config(root, run_id="probe", start={"freeze": "trunk"}))
+    before, after = make_network(run).state_dict(), last_state(run)["network"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
+    fields = {"start": {"freeze": "norms"}, "augment": {"crop": "pad", "size": 32, "random_erasing": 0.5}}
+    alone = train_here(train_config(root, run_id=f"alone-{world_size}", **fields))
+    together = make_run(train_config(root, run_id=f"together-{world_size}", **fields))
+    _train_together(together, world_size)
+    assert largest_difference(last_state(alone)["network"], last_state(together)["network"]) < 1e-5
+    counted = [[entry["num_images"] for entry in last_state(run)["evaluations"]] for run in (alone, together)]
+    assert counted == [[20, 20], [20, 20]]
+
+
+def test_synchronised_norms_are_refused_where_torch_has_none(root):
+    with pytest.raises(ConfigError, match=r"compute\.sync_batch_norm: expected GPUs"):
+        train_here(train_config(root, run_id="norms", compute={"sync_batch_norm": True}))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_at_the_very_next_sample(root):
+    fields = {"start": {"freeze": "norms"}}
+    undisturbed = train_here(train_config(root, run_id="one-rank", **fields))
+    run = train_here(train_config(root, run_id="one-then-two", **fields), stopping_at(4))
+    assert last_state(run)["step"] == 4
+    _train_together(run, 2)
+    assert largest_difference(last_state(undisturbed)["network"], last_state(run)["network"]) < 1e-5
+
+
+def _train_together(run: TrainingRun, world_size: int) -> None:
+    """Train on `world_size` processes over Gloo."""
+    store = Path(run.uri.removeprefix("file://")).parent / f"rendezvous-{run.config.run_id}"
+    mp.spawn(_be_a_rank, args=(run.model_dump_json(), world_size, str(store)), nprocs=world_size)
+
+
+def _be_a_rank(rank: int, run_json: str, world_size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    run = TrainingRun.model_validate_json(run_json)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    worker = replace(Worker(), rank=rank, world_size=world_size)
+    train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+    dist.destroy_process_group()
