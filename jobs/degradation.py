@@ -13,20 +13,20 @@ The same command goes on with those that were cut short, and leaves finished one
 """
 
 import json
-import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from jobs import connected_ray, run_job
 from pipeline import storage
-from pipeline.cluster import Device, Node, choose_device
-from pipeline.errors import ConfigError, RunError
+from pipeline.cluster import Node, choose_device
+from pipeline.errors import RunError
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, make_run, read_run
@@ -34,35 +34,35 @@ from pipeline.training.run import TrainingRun, begin, make_run, read_run
 if TYPE_CHECKING:
     from pipeline.report.degradation import Curve
     from pipeline.telemetry import TrainingProgress
-    from pipeline.training.checkpoint import State
     from pipeline.training.trainer import Workers
 
 Kind = Literal["plain", "residual"]
 
-_ARCHITECTURES = {"plain": "cifar_plain", "residual": "cifar_resnet"}
-_NUM_TRAINING_POINTS = 40  # of a curve: each the mean over as many steps
+_ARCHITECTURES: dict[Kind, str] = {"plain": "cifar_plain", "residual": "cifar_resnet"}
+_NUM_TRAINING_POINTS = 40  # of a curve, each over an equal part of the training: single steps are noisy
 
 
 class DegradationConfig(TrainConfig):
-    """Train plain and residual nets of several depths alike, and draw their errors; the same line goes on."""
+    """Train plain and residual nets of several depths alike and draw their errors; the same line goes on."""
 
     depths: list[int] = Field([20, 56], min_length=1)
-    """Layers of the nets, 6n+2 each, for 32-pixel images."""
+    """Layers of the nets, which are those of CIFAR: 6n+2."""
     kinds: list[Kind] = Field(["plain", "residual"], min_length=1)
     """Nets without and with shortcuts."""
     resume: bool = True
-    """Go on with the nets that are recorded already; false: a name that is taken is refused."""
+    """Go on with the nets that are recorded already; false: refuse a name that is taken."""
     architecture: Architecture | None = Architecture(name="cifar_resnet20")
-    """Its place is taken by each net's own."""
+    """Of no account here, where each net has its own; so that the config of a single training is one of this job."""
 
     @model_validator(mode="after")
-    def _of_different_nets(self) -> Self:
-        for depth in self.depths:
-            if depth < 8 or depth % 6 != 2:
-                raise ValueError(f"expected depths of 6n+2 layers, 8 or more, got {depth}")
+    def _of_comparable_nets(self) -> Self:
         for name, values in (("depths", self.depths), ("kinds", self.kinds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"expected each of {name} once, got {values}")
+        if any(depth < 8 or depth % 6 != 2 for depth in self.depths):
+            raise ValueError(f"expected depths of 6n+2 layers, 8 at least, got {self.depths}")
+        if self.start.bundle is not None:
+            raise ValueError("expected no start.bundle: the nets are compared from random weights on")
         return self
 
 
@@ -80,40 +80,174 @@ class Net:
 
 
 def main(config: DegradationConfig) -> dict[str, Any]:
-    """Train what is not trained yet, publish the nets, draw their errors."""
+    """Train the nets that are not trained yet, publish all of them, draw their errors."""
     start = time.monotonic()
     nets = [_make_net(config, kind, depth) for depth in config.depths for kind in config.kinds]
     from pipeline.report.charts import to_svg
     from pipeline.report.degradation import build_table, draw_degradation
-    from pipeline.training.result import publish, write_records
 
-    device = _train_all(nets, config)
-    curves = []
-    for net in nets:
-        _, _, last = publish(net.run)
-        write_records(net.run, last, {"device": device, "network": net.run.architecture.name})
-        curves.append(make_curve(net, last))
+    with connected_ray() as nodes:
+        nets = _train_all(config, nets, nodes)
+    curves = {net.name: _conclude(net) for net in nets}
     uri = storage.join(storage.normalise(config.output), config.run_id)
-    errors = {net.name: _last_errors(curve) for net, curve in zip(nets, curves, strict=True)}
-    summary: dict[str, Any] = {
+    summary = {
         "status": "done",
         "run_id": config.run_id,
         "figure": storage.join(uri, "degradation.svg"),
         "table": storage.join(uri, "table.md"),
-        "errors": errors,
-        "deeper_is_worse_in_training": _compare(config, errors),
+        "errors": {name: _last_errors(curve) for name, curve in curves.items()},
         "runs": {net.name: net.run.uri for net in nets},
         "num_steps": nets[0].run.num_steps,
         "num_images": nets[0].run.num_images,
-        "device": device,
+        "device": nets[0].run.device,
         "duration_s": round(time.monotonic() - start, 1),
     }
-    files = {
-        "degradation.svg": to_svg(draw_degradation(curves)),
-        "degradation.json": _to_json({net.name: _points(curve) for net, curve in zip(nets, curves, strict=True)}),
-        "table.md": build_table(curves).encode(),
-        "summary.json": _to_json(summary),
-    }
-    for name, data in files.items():
-        storage.write(storage.join(uri, name), data)
+    drawn = list(curves.values())
+    storage.write(storage.join(uri, "degradation.svg"), to_svg(draw_degradation(drawn)))
+    storage.write(storage.join(uri, "degradation.json"), _to_json({name: _points(curves[name]) for name in curves}))
+    storage.write(storage.join(uri, "table.md"), build_table(drawn).encode())
+    storage.write(storage.join(uri, "summary.json"), _to_json(summary))
     return summary
+
+
+def make_curve(net: Net, history: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> "Curve":
+    """The errors of a net over its steps, from what its checkpoint holds.
+
+    Training error is the mean over a 40th of the training, as it was met, on augmented images; the test error is that
+    of each evaluation.
+    """
+    from pipeline.report.degradation import Curve
+
+    looks = np.array([entry["step"] for entry in history], np.float64)
+    num_steps = np.diff(looks, prepend=0)
+    part = np.ceil(looks * _NUM_TRAINING_POINTS / net.run.num_steps)
+    parts, first = np.unique(part, return_index=True)
+    errors = np.array([1 - entry["top1"] for entry in history])
+    means = np.add.reduceat(num_steps * errors, first) / np.add.reduceat(num_steps, first)
+    ends = looks[np.searchsorted(part, parts, side="right") - 1]
+    train = dict(zip(ends.tolist(), means.tolist(), strict=True))
+    test = {float(entry["step"]): 1 - entry["top1"] for entry in evaluations}
+    steps = sorted(train.keys() | test.keys())
+    train_error, test_error = (np.array([found.get(step, np.nan) for step in steps]) for found in (train, test))
+    return Curve(net.depth, net.kind == "residual", np.array(steps), train_error, test_error)
+
+
+def num_at_once(nodes: Sequence[Node], workers: "Workers") -> int:
+    """How many trainings of these workers the cluster has room for, one at least."""
+    cpus = workers.cpus_per_worker
+    fitting = sum(min(node.cpus // cpus, node.gpus) if workers.use_gpu else node.cpus // cpus for node in nodes)
+    return max(1, fitting // workers.most)
+
+
+def _make_net(config: DegradationConfig, kind: Kind, depth: int) -> Net:
+    run_id = f"{config.run_id}-{kind}-{depth}"
+    recorded = read_run(storage.join(storage.normalise(config.output), run_id))
+    of_net = {
+        "run_id": run_id,
+        "name": f"{config.name}-{kind}-{depth}",
+        "architecture": {"name": f"{_ARCHITECTURES[kind]}{depth}"},
+        "resume": config.resume and recorded is not None,
+    }
+    shared = config.model_dump(exclude={"depths", "kinds"})
+    return Net(kind, depth, make_run(TrainConfig(**{**shared, **of_net})))
+
+
+def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) -> list[Net]:
+    """Train every net to its end; the nets, their device known."""
+    from pipeline.telemetry import TrainingProgress
+    from pipeline.training import checkpoint
+    from pipeline.training.trainer import choose_workers
+
+    device = choose_device(nodes, config.compute.device)
+    nets = [replace(net, run=net.run.model_copy(update={"device": device})) for net in nets]
+    workers = choose_workers(
+        nodes,
+        num_workers=config.compute.num_workers,
+        cpus_per_worker=config.compute.cpus_per_worker,
+        use_gpu=device == "cuda",
+        num_lanes=config.data.num_lanes,
+    )
+    for net in nets:
+        begin(net.run)
+    done = {net.name: max(checkpoint.list_steps(net.run.uri), default=0) for net in nets}
+    unfinished = [net for net in nets if done[net.name] < net.run.num_steps]
+    total = sum(net.run.num_steps for net in nets)
+    with TrainingProgress(num_steps=total, interval_s=config.progress_interval_s) as progress:
+        _train_together(unfinished, workers, num_at_once(nodes, workers), _Told(progress, done, total))
+    return nets
+
+
+def _train_together(nets: list[Net], workers: "Workers", at_once: int, told: "_Told") -> None:
+    """Train the nets, so many at a time; where one fails, or a signal comes, all stop at their next look."""
+    from pipeline.training.tracking import Tracker
+    from pipeline.training.trainer import run_training
+
+    is_stopping = threading.Event()
+
+    def train(net: Net) -> None:
+        def observe(status: dict[str, Any]) -> None:
+            if is_stopping.is_set():
+                raise RunError(f"{net.name} was stopped; run the same command to go on")
+            told.update(net.name, status)
+            tracker.update(status)
+
+        with Tracker(net.run) as tracker:
+            run_training(net.run, workers, observe)
+
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="net")
+    try:
+        for future in as_completed([pool.submit(train, net) for net in nets]):
+            future.result()
+    except BaseException:
+        is_stopping.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Told:
+    """One progress of all nets, which tell theirs in threads of their own."""
+
+    def __init__(self, progress: "TrainingProgress", done: dict[str, int], num_steps: int) -> None:
+        self._progress, self._done, self._num_steps = progress, dict(done), num_steps
+        self._lock = threading.Lock()
+
+    def update(self, name: str, status: dict[str, Any]) -> None:
+        """What rank 0 of a net told."""
+        if "step" not in status:
+            return
+        with self._lock:
+            self._done[name] = status["step"]
+            words = f"step {status['step']}, loss {status['loss']:.3g}, training error {1 - status['top1']:.1%}"
+            self._progress.update({"step": sum(self._done.values()), "of": self._num_steps, name: words})
+
+
+def _conclude(net: Net) -> "Curve":
+    """Publish a net, write its records; its curve."""
+    from pipeline.training.result import publish, write_records
+
+    _, _, last = publish(net.run)
+    write_records(net.run, last, {"device": net.run.device, "network": net.run.architecture.name})
+    return make_curve(net, last["history"], last["evaluations"])
+
+
+def _last_errors(curve: "Curve") -> dict[str, float]:
+    """A finished training's end has both errors."""
+    return {"training": round(float(curve.train_error[-1]), 4), "test": round(float(curve.test_error[-1]), 4)}
+
+
+def _points(curve: "Curve") -> dict[str, list[float | None]]:
+    """The curve's columns; null where nothing was measured."""
+    columns = {"step": curve.steps, "training_error": curve.train_error, "test_error": curve.test_error}
+    return {
+        name: [None if np.isnan(value) else round(float(value), 6) for value in values]
+        for name, values in columns.items()
+    }
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+if __name__ == "__main__":
+    run_job(DegradationConfig, main)

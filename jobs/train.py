@@ -27,7 +27,13 @@ def main(config: TrainConfig) -> dict[str, Any]:
     with connected_ray() as nodes:
         device = choose_device(nodes, config.compute.device)
         run = run.model_copy(update={"device": device})
-        workers = choose_workers(nodes, config.compute, use_gpu=device == "cuda", num_lanes=config.data.num_lanes)
+        workers = choose_workers(
+            nodes,
+            num_workers=config.compute.num_workers,
+            cpus_per_worker=config.compute.cpus_per_worker,
+            use_gpu=device == "cuda",
+            num_lanes=config.data.num_lanes,
+        )
         begin(run)
         with (
             Tracker(run) as tracker,

@@ -56,6 +56,18 @@ class Report:
         """What stands beside the bar."""
         raise NotImplementedError
 
+    def _pace(self, num_before: int = 0) -> dict[str, Any]:
+        """How many are done of all, how fast since the start, when `num_before` were, and how long the rest takes."""
+        elapsed = time.monotonic() - self._start
+        rate = (self._num_done - num_before) / elapsed if elapsed else 0.0
+        return {
+            self._unit: self._num_done,
+            "of": self._total,
+            f"{self._unit}_per_s": round(rate, 1),
+            "eta_s": round((self._total - self._num_done) / rate) if rate else None,
+            "elapsed_s": round(elapsed, 1),
+        }
+
     def _report(self) -> None:
         while not self._stopped.wait(0.5 if self._bar else self._interval_s):
             self._write()
@@ -88,18 +100,8 @@ class RunProgress(Report):
 
     def status(self) -> dict[str, Any]:
         """What the progress line says now; rates count from the start of this attempt."""
-        elapsed = time.monotonic() - self._start
-        rate = (self._num_done - self._num_before) / elapsed if elapsed else 0.0
-        left = self._total - self._num_done
-        return {
-            "images": self._num_done,
-            "of": self._total,
-            "images_per_s": round(rate, 1),
-            "eta_s": round(left / rate) if rate else None,
-            "errors": self._num_errors,
-            "elapsed_s": round(elapsed, 1),
-            "seconds_by_stage": {stage: round(seconds, 1) for stage, seconds in self._seconds.items()},
-        }
+        seconds = {stage: round(seconds, 1) for stage, seconds in self._seconds.items()}
+        return {**self._pace(self._num_before), "errors": self._num_errors, "seconds_by_stage": seconds}
 
     def detail(self, status: dict[str, Any]) -> str:
         return f"{status['images_per_s']} images/s, {status['errors']} errors"
@@ -128,6 +130,29 @@ class TrainingProgress(Report):
     def detail(self, status: dict[str, Any]) -> str:
         names = ("loss", "top1", "images_per_s", "data_wait_share", "evaluation_top1")
         return ", ".join(f"{name} {status[name]}" for name in names if name in status)
+
+
+class EvaluationProgress(Report):
+    """Images done of all, images/s and ETA of an evaluation under way.
+
+    A context manager; `update` takes what each rank tells of itself, from the driver's thread.
+    """
+
+    def __init__(self, *, num_images: int, interval_s: float) -> None:
+        super().__init__("images", total=num_images, num_done=0, interval_s=interval_s)
+        self._by_rank: dict[int, int] = {}
+
+    def update(self, told: dict[str, Any]) -> None:
+        """A rank has done so many images; fewer than before where it was started again."""
+        self._by_rank[told["rank"]] = told["images"]
+        self._num_done = sum(self._by_rank.values())
+
+    def status(self) -> dict[str, Any]:
+        """What the progress line says now."""
+        return self._pace()
+
+    def detail(self, status: dict[str, Any]) -> str:
+        return f"{status['images_per_s']} images/s"
 
 
 def _rounded(value: Any) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs.evaluate import EvaluateConfig
 from jobs.import_model import ImportConfig
 from jobs.manifest import ManifestConfig
 from jobs.pack import PackConfig
@@ -22,6 +23,7 @@ TYPES: dict[str, type[JobConfig]] = {
     "pack": PackConfig,
     "import_model": ImportConfig,
     "import_cifar": ImportConfig,
+    "evaluate": EvaluateConfig,
     "train_cifar_10_epochs": TrainConfig,
     "train_cifar_paper": TrainConfig,
     "train_cifar_paper_110": TrainConfig,
@@ -53,6 +55,6 @@ def test_a_config_file_loads(name):
     load(TYPES[name], ["--config", str(FOLDER / f"{name}.yaml")])
 
 
-@pytest.mark.parametrize("name", ["classify", "embed"])
-def test_the_predict_configs_leave_no_field_out(name):
-    assert missing_fields(PredictConfig, yaml.safe_load((FOLDER / f"{name}.yaml").read_text())) == []
+@pytest.mark.parametrize("name", ["classify", "embed", "evaluate"])
+def test_the_configs_of_finished_weights_leave_no_field_out(name):
+    assert missing_fields(TYPES[name], yaml.safe_load((FOLDER / f"{name}.yaml").read_text())) == []

@@ -1,7 +1,7 @@
 import json
 import time
 
-from pipeline.telemetry import RunProgress
+from pipeline.telemetry import EvaluationProgress, RunProgress
 
 
 def progress_lines(captured: str) -> list[dict]:
@@ -30,3 +30,14 @@ def test_rates_leave_out_what_was_done_before():
     progress = RunProgress(num_images=1000, num_done=990, interval_s=60)
     time.sleep(0.05)
     assert progress.status()["images_per_s"] == 0.0
+
+
+def test_an_evaluation_adds_up_what_its_ranks_have_done_even_after_a_new_start(capsys):
+    with EvaluationProgress(num_images=100, interval_s=60) as progress:
+        for rank, images in [(0, 10), (1, 20), (0, 30)]:
+            progress.update({"rank": rank, "images": images})
+        assert progress.status()["images"] == 50
+        progress.update({"rank": 1, "images": 5})
+    [last] = progress_lines(capsys.readouterr().err)
+    assert (last["images"], last["of"]) == (35, 100)
+    assert last["images_per_s"] > 0

@@ -1,7 +1,7 @@
 """A labelled manifest as training needs it: every label at hand, and no image in both training and evaluation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,6 +78,22 @@ def refuse_one_class(train: TrainingSet) -> None:
     found = {int(label) for labels in train.labels for label in (labels.min(), labels.max())}
     if len(found) < 2:
         raise ManifestError(f"expected at least two classes in {train.manifest.uri!r}, found {len(found)}")
+
+
+def refuse_other_classes(manifest: Manifest, classes: Sequence[str]) -> None:
+    """Raises ManifestError where a label of the manifest means another class than in `classes`.
+
+    It may have fewer classes, the first of these; bare ids are places in `classes` whatever they are.
+    """
+    names = manifest.classes or []
+    for label, name in enumerate(names):
+        meant = classes[label] if label < len(classes) else None
+        if name != meant:
+            raise ManifestError(
+                f"expected the classes of {manifest.uri!r} to be the network's {len(classes)} in their order, got "
+                f"{len(names)}, and label {label} is {name!r} where the network's is {meant!r}; make the manifest with "
+                "the network's names as `classes`, or with class ids as labels"
+            )
 
 
 def _labels(column: pa.ChunkedArray, uri: str) -> npt.NDArray[np.int64]:

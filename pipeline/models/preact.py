@@ -25,23 +25,20 @@ from pipeline.models.resnet import (
 )
 
 PreactShortcut = Literal["A", "B", "C"]
-"""As of the other nets; projections have no norm of their own. There are no plain nets: they would be the others'."""
+"""As of the other nets, but that projections have no norm of their own. A plain net has no addition that activations
+could stand before or after, so there is none here."""
 
 PREACT_IMAGENET_STAGES: dict[int, tuple[int, ...]] = {**IMAGENET_STAGES, 200: (3, 24, 36, 3)}
 
 
 class PreactBlock(Block):
-    """What both blocks share: branch(relu(bn1(x))) + shortcut(x) [figure 4(e)].
+    """What both blocks share: branch(relu(bn1(x))) + x [figure 4(e)].
 
-    Where the shortcut is not the identity, it too starts from relu(bn1(x)) [appendix]. `bn1` is None where x comes
-    activated, as to the first block of a net.
+    Where the shape changes, the shortcut too starts from relu(bn1(x)) [appendix]. `bn1` is None where x comes
+    activated, as it does to the first block of a net.
     """
 
     bn1: nn.BatchNorm2d | None
-
-    def branch(self, x: Tensor) -> Tensor:
-        """The weighted layers, from the activated input to the last convolution."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         activated = x if self.bn1 is None else self.relu(self.bn1(x))
@@ -64,11 +61,11 @@ class PreactBasicBlock(PreactBlock):
         self.downsample = downsample(in_channels, width, stride, shortcut, _projection)
 
     def branch(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv2(self.relu(self.bn2(self.conv1(x))))
-        return out
+        branch: Tensor = self.conv2(self.relu(self.bn2(self.conv1(x))))
+        return branch
 
     @property
-    def last_weight(self) -> nn.Parameter:
+    def last_weight(self) -> Tensor:
         return self.conv2.weight
 
 
@@ -89,12 +86,11 @@ class PreactBottleneck(PreactBlock):
 
     def branch(self, x: Tensor) -> Tensor:
         out = self.conv2(self.relu(self.bn2(self.conv1(x))))
-        out = self.conv3(self.relu(self.bn3(out)))
-        branch: Tensor = out
+        branch: Tensor = self.conv3(self.relu(self.bn3(out)))
         return branch
 
     @property
-    def last_weight(self) -> nn.Parameter:
+    def last_weight(self) -> Tensor:
         return self.conv3.weight
 
 
@@ -155,14 +151,15 @@ def cifar_preact_resnet(
         expected = "6n+2 layers (basic blocks: 20, 56, 110, …) or 9n+2 (bottlenecks: 164, 1001, …)"
     else:
         check_choice("block", block, ("basic", "bottleneck"))
-        expected = f"{6 if block == 'basic' else 9}n+2 layers, as its blocks are {block},"
-    layers_per_round = 6 if block == "basic" else 9
-    if depth < layers_per_round + 2 or depth % layers_per_round != 2:
+        expected = "6n+2 layers with basic blocks" if block == "basic" else "9n+2 layers with bottlenecks"
+    weighted_layers = 6 if block == "basic" else 9  # of one block in each of the three stages
+    if depth < weighted_layers + 2 or depth % weighted_layers != 2:
         raise ConfigError(f"expected a CIFAR pre-activation ResNet of {expected}, got {depth}")
-    shortcut = shortcut or ("A" if block == "basic" else "B")
+    if shortcut is None:
+        shortcut = "A" if block == "basic" else "B"
     check_choice("shortcut", shortcut, ("A", "B", "C"))
     kind = PreactBasicBlock if block == "basic" else PreactBottleneck
-    return PreactResNet("cifar", kind, ((depth - 2) // layers_per_round,) * 3, 16, num_classes, shortcut)
+    return PreactResNet("cifar", kind, ((depth - 2) // weighted_layers,) * 3, 16, num_classes, shortcut)
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -75,11 +75,11 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def branch(self, x: Tensor) -> Tensor:
-        """The weighted layers, up to the last batch norm."""
+        """The weighted layers, up to the addition."""
         raise NotImplementedError
 
     @property
-    def last_weight(self) -> nn.Parameter:
+    def last_weight(self) -> Tensor:
         """The weight of the branch's last layer: where it is 0, the branch adds nothing."""
         raise NotImplementedError
 
@@ -110,7 +110,7 @@ class BasicBlock(Block):
         return branch
 
     @property
-    def last_weight(self) -> nn.Parameter:
+    def last_weight(self) -> Tensor:
         return self.bn2.weight
 
 
@@ -136,12 +136,12 @@ class Bottleneck(Block):
         return branch
 
     @property
-    def last_weight(self) -> nn.Parameter:
+    def last_weight(self) -> Tensor:
         return self.bn3.weight
 
 
 class MakesBlock(Protocol):
-    """The class of a block."""
+    """The class of a block: what a network builds its stages of."""
 
     expansion: int
 
@@ -193,7 +193,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, images: Tensor) -> Tensor:
-        """The feature map that is pooled: images (N, 3, H, W) to (N, channels, about H / 32 or, of CIFAR, H / 4, …)."""
+        """The map that is pooled: images (N, 3, H, W) to (N, channels, h, w), 1/32 of their size, of CIFAR nets 1/4."""
         x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)

@@ -1,4 +1,5 @@
-"""The report of a training run: how well, how it got there, what it still gets wrong, with what settings.
+"""The report of a training run: how well, how it got there, what it still gets wrong, with what settings; and, without
+a history of steps, that of an evaluation.
 
 page_html = render(TrainingReport(title="cifar-resnet20", run_id="cifar-1", status="done", ...))
 """
@@ -131,6 +132,8 @@ def _render_header(report: TrainingReport) -> str:
 
 def _render_curves(history: Mapping[str, Records]) -> str:
     train, evaluations = history.get("train", ()), history.get("evaluations", ())
+    if not train and len(evaluations) == 1:
+        return ""  # finished weights, judged once: there is no course to draw
     large = [
         _render_curve(
             "Loss",

@@ -1,7 +1,7 @@
 """What an evaluation finds: counts that add up over ranks, images that failed, images that were hardest."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -12,6 +12,9 @@ import torch
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Reduce: TypeAlias = Callable[[torch.Tensor], object]
 """Sums a tensor over all ranks, in place, as `torch.distributed.all_reduce` does."""
+
+_COUNTED = ("num_images", "num_errors", "top1", "top5")
+_DERIVED = ("top1_accuracy", "top5_accuracy", "top1_error", "top5_error", "loss")
 
 
 @dataclass(eq=False, slots=True)
@@ -74,28 +77,30 @@ class Counts:
         return _ratio(self.top5, self.num_images)
 
     @property
-    def error(self) -> float:
-        return 1 - self.top1_accuracy
+    def top1_error(self) -> float:
+        return _ratio(self.num_images - self.top1, self.num_images)
+
+    @property
+    def top5_error(self) -> float:
+        return _ratio(self.num_images - self.top5, self.num_images)
 
     @property
     def loss(self) -> float:
         """The mean cross-entropy."""
         return _ratio(self.loss_sum, self.num_images)
 
-    @property
-    def per_class_accuracy(self) -> npt.NDArray[np.float64]:
-        """float64 C; NaN for a class without images."""
-        num_images = self.confusion.sum(1)
-        accuracy = np.full(len(num_images), np.nan)
-        np.divide(self.confusion.diagonal(), num_images, out=accuracy, where=num_images > 0)
-        return accuracy
+    def as_dict(self) -> dict[str, float | None]:
+        """The figures for JSON, None for those of no images; not those by class."""
+        figures: dict[str, float] = {name: getattr(self, name) for name in _COUNTED + _DERIVED}
+        return {name: None if math.isnan(figure) else figure for name, figure in figures.items()}
 
-    def as_dict(self) -> dict[str, Any]:
-        """The figures for JSON, NaN as None; all but the confusion matrix."""
-        names = ("num_images", "num_errors", "top1", "top5", "top1_accuracy", "top5_accuracy", "error", "loss")
-        per_class = self.per_class_accuracy.tolist()
-        figures = {name: getattr(self, name) for name in names} | {"per_class_accuracy": per_class}
-        return {name: _without_nan(figure) for name, figure in figures.items()}
+    def by_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """For JSON, each class in the order of the ids, since names may repeat; without images its accuracy is None."""
+        num_images, num_right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        return [
+            {"class": name, "num_images": images, "top1": right, "top1_accuracy": right / images if images else None}
+            for name, images, right in zip(classes, num_images, num_right, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +136,3 @@ class Outcome:
 
 def _ratio(part: float, whole: int) -> float:
     return part / whole if whole else math.nan
-
-
-def _without_nan(figure: Any) -> Any:
-    if isinstance(figure, list):
-        return [_without_nan(item) for item in figure]
-    return None if isinstance(figure, float) and math.isnan(figure) else figure

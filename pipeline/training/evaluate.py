@@ -281,7 +281,7 @@ def _logits(network: Network, batch: Batch, setup: Setup) -> torch.Tensor:
     return torch.stack(logits)
 
 
-# --- reading images
+# --- reading images ---------------------------------------------------------------------------------------------------
 
 
 def _load(shard: Shard, images: pa.Table, setup: Setup, log: LoadLog) -> Iterator[Batch]:

@@ -50,7 +50,7 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
         log.load(state)
     loader = make_loader(run, worker, train_set)
     writer = CheckpointWriter(run.uri, run.config.checkpoint)
-    batches = storage.run_ahead(_batches(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
+    batches = storage.run_ahead(batches_of(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
     for batch in log.timed(batches):
         learning_rate = trainee.learning_rate()
         totals = trainee.train_step(batch, learning_rate)
@@ -246,7 +246,7 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
     return evaluate_together(trainee.judged_network, evaluation_set.manifest, setup, worker)
 
 
-def _batches(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
+def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
     """This rank's batches from a step of the run on, epoch after epoch, to the last step."""
     while step < run.num_steps:
         epoch, first = divmod(step, run.steps_per_epoch)

@@ -1,20 +1,17 @@
 """What a finished training leaves: the best weights as a bundle, and the run's history, errors and report."""
 
-import io
 import json
 from collections import Counter
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 from pydantic import JsonValue
 
 from pipeline import storage
-from pipeline.data.images import decode
-from pipeline.data.readers import ImageRef, fetch_image
-from pipeline.errors import ImageError, RunError
+from pipeline.errors import RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle, Metric, pack
+from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
 from pipeline.tables import schemas
 from pipeline.tables.writing import encode
@@ -25,8 +22,6 @@ from pipeline.training.protocol import Protocol
 from pipeline.training.run import MAY_CHANGE, TrainingRun
 
 Facts = dict[str, Any]
-
-_THUMBNAIL_SIDE = 128
 
 
 def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
@@ -136,21 +131,4 @@ def _report(run: TrainingRun, last: State, facts: Facts) -> TrainingReport:
 
 def _hard_image(run: TrainingRun, image: dict[str, Any]) -> HardImage:
     label, predicted = run.classes[image["label_id"]], run.classes[image["predicted_id"]]
-    return HardImage(image["uri"], label, predicted, image["score"], _thumbnail(run, image["uri"]))
-
-
-def _thumbnail(run: TrainingRun, uri: str) -> bytes | None:
-    """A small JPEG of the image, None where it is not to be had by its name, as packed ones may not be."""
-    data = run.config.data
-    found = fetch_image(ImageRef(uri, None, None), allowed_roots=data.allowed_roots, max_bytes=data.max_bytes)
-    if isinstance(found, ImageError):
-        return None
-    try:
-        pixels = decode(found, max_pixels=data.max_pixels)
-    except ImageError:
-        return None
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=85)
-    return jpeg.getvalue()
+    return HardImage(image["uri"], label, predicted, image["score"], make_thumbnail(image["uri"], run.config.data))

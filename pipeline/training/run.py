@@ -158,7 +158,7 @@ def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
     if evaluation.classes != train.classes[: len(evaluation.classes)]:
         raise ManifestError(
             "evaluate_on: its labels count its own classes, fewer than the training set's; make its manifest with "
-            f"--labels.classes {','.join(train.classes[:3])},… so that equal labels mean equal classes"
+            f"--classes {','.join(train.classes[:3])},… so that equal labels mean equal classes"
         )
 
 

@@ -1,7 +1,7 @@
 """The wiring to Ray Train: workers for the loop, what they tell, and starting them again when one dies.
 
     driver: begin(run) ──► TorchTrainer ──► workers: train(run, …) ──► checkpoints
-            progress  ◄── Bulletin (an actor) ◄── rank 0
+            progress  ◄── Bulletin (an actor) ◄── workers
 
 Checkpoints are the run's own objects, not Ray's: a name never resumes by accident, and any fsspec URI will do. A worker
 group that is started again goes on from the last one.
@@ -24,7 +24,6 @@ from pipeline.cluster import Node
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
-from pipeline.training.config import TrainComputeConfig
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
@@ -45,19 +44,26 @@ class Workers:
     use_gpu: bool
 
 
-def choose_workers(nodes: Sequence[Node], compute: TrainComputeConfig, *, use_gpu: bool, num_lanes: int) -> Workers:
-    """The workers that fit the cluster.
+def choose_workers(
+    nodes: Sequence[Node],
+    *,
+    num_workers: Sequence[int] | None,
+    cpus_per_worker: int | None,
+    use_gpu: bool,
+    num_lanes: int | None = None,
+) -> Workers:
+    """The workers that fit the cluster: `num_workers` are the fewest and the most, `num_lanes` the most there can be.
 
-    Raises ConfigError where not even the fewest do, saying what was asked and what there is: Ray would wait for ever.
+    None is one worker per GPU, or one where there is none, and a fair share of the smallest node's CPUs for each.
+    Raises ConfigError where not even the fewest fit, saying what was asked and what there is: Ray would wait for ever.
     """
     num_gpus = sum(node.gpus for node in nodes)
-    asked = compute.num_workers or [num_gpus if use_gpu else 1]
+    asked = list(num_workers or [num_gpus if use_gpu else 1])
     fewest, most = asked[0], asked[-1]
-    if not 1 <= fewest <= most <= num_lanes:
-        raise ConfigError(
-            f"compute.num_workers: expected at least 1, and at most data.num_lanes ({num_lanes}), got {asked}"
-        )
-    cpus = compute.cpus_per_worker or _fair_share(nodes, most, use_gpu)
+    if not 1 <= fewest <= most or (num_lanes is not None and most > num_lanes):
+        limit = "" if num_lanes is None else f", and at most data.num_lanes ({num_lanes})"
+        raise ConfigError(f"compute.num_workers: expected at least 1{limit}, got {asked}")
+    cpus = cpus_per_worker or _fair_share(nodes, most, use_gpu)
     fitting = sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
     if fitting < fewest:
         there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
@@ -83,12 +89,13 @@ def run_workers(
     name: str,
     max_failures: int,
     observe: Callable[[Status], None] = lambda status: None,
+    stop_within_s: float = _STOP_WITHIN_S,
 ) -> T:
     """Do `work` on every rank, on a connected Ray; what it returns on rank 0.
 
-    `observe` is called on this thread with what rank 0 tells. An exception on this thread, a signal's too, asks the
-    workers to stop and waits for that a while. A rank's death starts all of them again, `max_failures` times. Raises
-    the PipelineError that all ranks raised alike, and RunError with what else a rank failed of.
+    `observe` is called on this thread with what the ranks tell. An exception on this thread, a signal's too, asks the
+    workers to stop and waits for that, `stop_within_s` at most. A rank's death starts all of them again, `max_failures`
+    times. Raises the PipelineError that all ranks raised alike, and RunError with what else a rank failed of.
     """
     bulletin = _on_this_node(Bulletin)
     outcome: list[BaseException | None] = []
@@ -102,7 +109,7 @@ def run_workers(
                 observe(status)
     except BaseException:
         bulletin.stop.remote()
-        thread.join(_STOP_WITHIN_S)
+        thread.join(stop_within_s)
         raise
     if (error := outcome[0]) is not None:
         raise RunError(_cause(error)) from error

@@ -21,7 +21,8 @@ class Notice:
 class Worker:
     """A rank. Where `world_size` is over 1, torch.distributed's default group must be there.
 
-    `notice` is asked every few steps, by all ranks at the same one; `observe` is told the progress, on rank 0.
+    `notice` is asked every few steps, by all ranks at the same one; `observe` is told the progress: a training's on
+    rank 0, an evaluation's on each.
     """
 
     rank: int = 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import write_manifest
-from pipeline.data.training_set import TrainingSet, refuse_one_class, refuse_overlap
+from pipeline.data.training_set import TrainingSet, refuse_one_class, refuse_other_classes, refuse_overlap
 from pipeline.errors import ManifestError
 from tests.manifests import Row, Rows, fresh
 
@@ -113,3 +113,24 @@ def test_sets_overlap_exactly_where_they_share_content(train, evaluation):
             refuse_overlap(*sets)
     else:
         refuse_overlap(*sets)
+
+
+@pytest.mark.parametrize("classes", [["cat", "dog", "owl"], ["cat", "dog"], None])
+def test_classes_that_mean_the_networks_pass(classes: list[str] | None):
+    images = (
+        opened(rows_of(["0", "7"]), kind="ids") if classes is None else opened(rows_of(["cat", "dog"]), classes=classes)
+    )
+    refuse_other_classes(images.manifest, ["cat", "dog", "owl"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["dog", "cat", "owl"], "3 in their order, got 3, and label 0 is 'dog' where the network's is 'cat'"),
+        (["cat", "owl"], "3 in their order, got 2, and label 1 is 'owl' where the network's is 'dog'"),
+        (["cat", "dog", "owl", "ant"], "got 4, and label 3 is 'ant' where the network's is None; make the manifest"),
+    ],
+)
+def test_classes_that_mean_others_are_refused(classes: list[str], message: str):
+    with pytest.raises(ManifestError, match=message):
+        refuse_other_classes(opened(rows_of(classes), classes=classes).manifest, ["cat", "dog", "owl"])

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.models.catalog import build, names
+from pipeline.models.preact import PreactResNet
 from pipeline.models.resnet import ResNet
 
 TINY: dict[str, tuple[int, dict[str, Any]]] = {  # one of each of torchvision's families: image size, arguments
@@ -81,6 +82,19 @@ def test_our_own_nets_come_before_torchvisions_of_the_same_name():
     assert isinstance(build("cifar_plain20", 10).trunk, ResNet)
 
 
+def test_every_net_of_our_own_has_a_name_in_the_catalog():
+    ours = {"resnet152", "plain34", "cifar_resnet1202", "cifar_plain56"}
+    ours |= {f"preact_resnet{depth}" for depth in (18, 34, 50, 101, 152, 200)}
+    ours |= {f"cifar_preact_resnet{depth}" for depth in (110, 164, 1001)}
+    assert ours <= set(names())
+
+
+def test_preactivation_nets_go_by_their_own_name():
+    assert isinstance(build("preact_resnet18", 10).trunk, PreactResNet)
+    assert isinstance(build("cifar_preact_resnet20", 10).trunk, PreactResNet)
+    assert not isinstance(build("cifar_resnet20", 10).trunk, PreactResNet)
+
+
 def test_a_network_saves_and_loads_under_the_classifiers_own_names():
     network = build("cifar_resnet20", 10)
     state = network.state_dict()
@@ -125,6 +139,11 @@ def test_an_unknown_name_is_refused_with_close_ones():
         ("resnet18", {"depth_multiplier": 2}, "depth_multiplier"),
         ("cifar_resnet21", {}, "6n\\+2"),
         ("cifar_plain20", {"shortcut": "B"}, "no shortcut to choose"),
+        ("cifar_preact_resnet21", {}, "6n\\+2"),
+        ("cifar_preact_resnet20", {"block": "wide"}, "basic, bottleneck"),
+        ("preact_resnet18", {"shortcut": "none"}, "A, B, C"),
+        ("preact_resnet20", {}, "preact_resnet200"),
+        ("preact_plain18", {}, "expected a name of the catalog"),
         ("mobilenet_v2", {"weights": "DEFAULT"}, "jobs.import_model"),
         ("vit_b_16", {"bogus": 1}, "bogus"),
     ],

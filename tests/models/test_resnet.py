@@ -4,7 +4,17 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.catalog import build
-from pipeline.models.resnet import SHORTCUTS, Shortcut, Subsample, cifar_resnet, resnet
+from pipeline.models.resnet import (
+    SHORTCUTS,
+    BasicBlock,
+    Block,
+    Bottleneck,
+    Shortcut,
+    Subsample,
+    cifar_resnet,
+    resnet,
+    zero_init_last_norm,
+)
 
 PARAMETERS = {
     "resnet18": 11_689_512,
@@ -129,3 +139,81 @@ def test_an_unknown_depth_or_shortcut_is_refused():
         resnet(20, 10)
     with pytest.raises(ConfigError, match="A, B, C, none, got 'D'"):
         resnet(18, 10, "D")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet50", "cifar_preact_resnet8", "preact_resnet50"])
+def test_zero_init_makes_every_block_its_shortcut_alone(name: str):
+    network = build(name, 10).eval()
+    zero_init_last_norm(network)
+    calls = []
+    for block in network.modules():
+        if isinstance(block, Block) and block.downsample is None:
+            block.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].clone()))
+            block.register_forward_hook(lambda module, inputs, output: calls.append(output.clone()))
+    with torch.inference_mode():
+        network(torch.randn(2, 3, 32, 32))
+    assert calls
+    for before, after in zip(calls[::2], calls[1::2], strict=True):
+        assert before.any()
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("name", "block"), [("resnet18", BasicBlock), ("resnet50", Bottleneck)])
+def test_zero_init_touches_the_last_norm_of_each_branch_and_nothing_else(name: str, block: type[Block]):
+    network = build(name, 10)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    zero_init_last_norm(network)
+    changed = {key for key, tensor in network.state_dict().items() if not torch.equal(tensor, before[key])}
+    last = "bn2" if block is BasicBlock else "bn3"
+    assert changed == {
+        f"{key.removeprefix('trunk.')}.{last}.weight"
+        for key, module in network.named_modules()
+        if isinstance(module, block)
+    }
+
+
+def test_zero_init_of_a_preactivation_net_touches_its_last_convolutions_and_nothing_else():
+    network = build("cifar_preact_resnet29", 10)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    zero_init_last_norm(network)
+    changed = {key for key, tensor in network.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {f"layer{stage}.{number}.conv3.weight" for stage in (1, 2, 3) for number in range(3)}
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_preact_resnet8"])
+def test_what_was_zeroed_learns(name: str):
+    network = build(name, 10)
+    zero_init_last_norm(network)
+    logits, _ = network(torch.randn(4, 3, 16, 16))
+    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    assert len(blocks) == 3
+    for block in blocks:
+        assert block.last_weight.grad.any()
+
+
+def test_zero_init_takes_a_bare_net_too():
+    network = cifar_resnet(8, 10)
+    zero_init_last_norm(network)
+    assert not network.layer2[0].bn2.weight.any()
+
+
+def test_zero_init_of_a_plain_net_is_refused_and_leaves_it_as_it_was():
+    network = build("cifar_plain8", 10)
+    with pytest.raises(ConfigError, match="expected a net with shortcuts, got a plain one"):
+        zero_init_last_norm(network)
+    assert network.trunk.layer1[0].bn2.weight.all()
+
+
+def test_zero_init_of_a_net_of_another_family_is_refused():
+    with pytest.raises(ConfigError, match="ResNet family"):
+        zero_init_last_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+
+
+def test_the_deepest_net_takes_a_training_step():
+    network = build("cifar_resnet1202", 10)
+    logits, _ = network(torch.randn(2, 3, 8, 8))
+    nn.functional.cross_entropy(logits, torch.tensor([3, 7])).backward()
+    for parameter in network.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()

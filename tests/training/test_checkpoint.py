@@ -146,6 +146,7 @@ configs = st.builds(CheckpointConfig, keep_last=st.integers(1, 4), keep_best=st.
 marks = st.lists(st.sampled_from([0.0, 0.5, 0.75, 1.0]), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(configs, marks, st.integers(1, 3))
 def test_the_best_so_far_and_the_last_are_always_there(config, top1, judged_every):
     kept: set[int] = set()

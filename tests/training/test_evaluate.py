@@ -1,6 +1,5 @@
 """Evaluation: each image once for any number of ranks, the answers of `predict`, and the papers' protocols."""
 
-import json
 import math
 import random
 import threading
@@ -17,22 +16,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pydantic import ValidationError
 from torchvision.transforms.v2.functional import five_crop
 
 from jobs.demo_images import CLASSES, draw
 from pipeline import storage
 from pipeline.data.images import decode
-from pipeline.data.loader import Batch
 from pipeline.data.manifest import Manifest, write_manifest
 from pipeline.data.packed import PackedSource
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ConfigError, ImageError, ManifestError, RunError, StorageError
+from pipeline.errors import ImageError, ManifestError, RunError, StorageError
 from pipeline.models.bundle import load_network
 from pipeline.models.catalog import build
 from pipeline.tables import open_table
 from pipeline.training import evaluate as module
-from pipeline.training.evaluate import Counts, Protocol, Setup, check_labels, evaluate, parts_of
+from pipeline.training.evaluate import Setup, check_labels, evaluate, parts_of
+from pipeline.training.protocol import Protocol
 from tests.manifests import Rows, fresh, some_rows
 from tests.worlds import list_images, make_world, run_without_ray
 
@@ -276,18 +274,6 @@ def test_an_image_too_narrow_to_take_whole_is_an_error(world, tmp_path):
     assert outcome.counts.num_images == 2
 
 
-@settings(deadline=None)
-@given(st.lists(st.sampled_from([(1, 2), (2, 1), (2, 2), (3, 3)]), max_size=40), st.integers(1, 24))
-def test_images_of_equal_shape_share_batches_of_bounded_size(shapes, max_pixels):
-    singles = [Batch([row], [torch.full((1, 3, *shape), row)]) for row, shape in enumerate(shapes)]
-    batches = list(module._of_equal_shapes(singles, max_pixels))
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(shapes)))
-    for batch in batches:
-        assert [tuple(image.shape[1:]) for image in batch.pixels[0]] == [shapes[row] for row in batch.rows]
-        assert batch.pixels[0][:, 0, 0, 0].tolist() == batch.rows
-        assert len(batch.rows) == 1 or batch.pixels[0][:, 0].numel() <= max_pixels
-
-
 def test_the_hardest_images_have_the_highest_losses(world, manifest, alone):
     everything = alone.hardest
     hardest = evaluate(network_of(world), manifest, replace(SETUP, keep_hardest=4)).hardest
@@ -366,72 +352,6 @@ def test_an_image_that_the_network_answers_with_nan_is_an_error_and_not_a_wrong_
     assert {(error.stage, error.error) for error in outcome.errors} == {("predict", "not_finite")}
     assert math.isfinite(outcome.counts.loss)
     assert len(outcome.hardest) == 3
-
-
-def test_ten_crops_that_do_not_fit_are_refused(world, manifest):
-    setup = replace(
-        SETUP, preprocessing=Preprocessing(resize_size=28, crop_size=32), protocol=Protocol(views="ten_crop")
-    )
-    with pytest.raises(ConfigError, match=r"resize_size is at least its crop_size, got 28 and 32; use one_crop"):
-        evaluate(network_of(world), manifest, setup)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"views": "ten_crop", "flip": True}, "mirror images already"),
-        ({"scales": [224, 224]}, "each of scales once"),
-        ({"scales": []}, "at least 1 item"),
-        ({"scales": [1]}, "greater than or equal to 2"),
-    ],
-)
-def test_a_protocol_that_makes_no_sense_is_refused(fields, message):
-    with pytest.raises(ValidationError, match=message):
-        Protocol(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({}, "1-crop 32 of 40, bilinear"),
-        ({"flip": True}, "1-crop 32 of 40, bilinear, with mirror image"),
-        ({"views": "ten_crop"}, "10-crop 32 of 40, bilinear"),
-        ({"views": "multi_scale", "scales": [24, 32]}, "multi-scale 24/32, whole image, bilinear"),
-    ],
-)
-def test_a_protocol_describes_itself(fields, words):
-    assert Protocol(**fields).describe(CROPPING.preprocessing) == words
-
-
-# --- counts ----------------------------------------------------------------------------------------------------------
-
-
-def test_counts_add_up_and_survive_the_way_through_a_tensor():
-    first = Counts(np.array([[3, 1], [0, 2]]), num_errors=1, top5=6, loss_sum=1.5)
-    second = Counts(np.array([[0, 1], [2, 0]]), num_errors=2, top5=3, loss_sum=0.25)
-    tensor = first.to_tensor() + second.to_tensor()
-    assert tensor.dtype == torch.int64
-    for total in (first + second, Counts.from_tensor(tensor, 1.75)):
-        assert total.confusion.tolist() == [[3, 2], [2, 2]]
-        assert (total.num_images, total.num_errors, total.top1, total.top5, total.loss_sum) == (9, 3, 5, 9, 1.75)
-        assert (total.top1_accuracy, total.top5_accuracy, total.error) == (5 / 9, 1, pytest.approx(4 / 9))
-
-
-def test_figures_without_images_are_null_in_json():
-    counts = Counts(np.array([[1, 1], [0, 0]]), top5=2, loss_sum=3.0)
-    assert counts.as_dict() == {
-        "num_images": 2,
-        "num_errors": 0,
-        "top1": 1,
-        "top5": 2,
-        "top1_accuracy": 0.5,
-        "top5_accuracy": 1.0,
-        "error": 0.5,
-        "loss": 1.5,
-        "per_class_accuracy": [0.5, None],
-    }
-    empty = json.loads(json.dumps(Counts.empty(2).as_dict(), allow_nan=False))
-    assert (empty["top1_accuracy"], empty["loss"], empty["per_class_accuracy"]) == (None, None, [None, None])
 
 
 def test_with_fewer_than_five_classes_all_are_among_the_best_five(tmp_path):

@@ -1,0 +1,206 @@
+"""Training of ResNet-18 at 176 pixels beside a loop in the style of torchvision's reference, on this machine's CPUs.
+
+    python -m benchmarks.training_speed --images ../shared/data/imagenet-sample-700.tar [--steps 12] [--rounds 3]
+
+    ours        packed shards (shorter side 256), uint8, channels_last, the training loop itself, no Ray around it
+    reference   DataLoader with two processes over loose files, PIL, float32, NCHW: references/classification
+
+The same images, batch of 64, augmentation (random-resized crop, flip) and optimizer. The two alternate; each round is
+timed from its third step on; medians and their ratio are printed, with the data-wait of ours. `--synthetic` adds ours
+on pixels that are there already: what the loop could do if data cost nothing.
+"""
+
+import argparse
+import json
+import statistics
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import models, transforms
+
+from jobs.manifest import LabelsConfig, ManifestConfig, SourceConfig
+from jobs.manifest import main as make_manifest
+from jobs.pack import PackConfig
+from jobs.pack import main as pack
+from pipeline import storage
+from pipeline.data.pack import Reencode
+from pipeline.data.training_set import TrainingSet
+from pipeline.training.config import TrainConfig
+from pipeline.training.loop import Trainee, batches_of, make_loader
+from pipeline.training.run import TrainingRun, make_run
+from pipeline.training.worker import Worker
+
+SIZE, BATCH, WARM_UP = 176, 64, 2
+
+
+def main() -> None:
+    arguments = _parse()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        _unpack(arguments.images, root)
+        run = _packed_run(root, arguments)
+        rates: dict[str, list[float]] = {"reference": [], "ours": [], "synthetic": []}
+        waits = []
+        for _ in range(arguments.rounds):
+            rates["reference"].append(_reference(root / "images", arguments))
+            rate, wait = _ours(run, arguments)
+            rates["ours"].append(rate)
+            waits.append(wait)
+            if arguments.synthetic:
+                rates["synthetic"].append(_synthetic(run, arguments))
+            print({name: round(values[-1], 1) for name, values in rates.items() if values}, flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items() if values}
+    result = {
+        "images_per_s": {name: round(value, 1) for name, value in medians.items()},
+        "ours / reference": round(medians["ours"] / medians["reference"], 2),
+        "data_wait_share": round(statistics.median(waits), 4),
+        "precision": arguments.precision,
+        "threads": arguments.threads,
+    }
+    if arguments.synthetic:
+        result["ours / synthetic"] = round(medians["ours"] / medians["synthetic"], 3)
+    print(json.dumps(result))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="tar of nXXXXXXXX_name.JPEG")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--synthetic", action="store_true")
+    return parser.parse_args()
+
+
+def _unpack(archive: str, root: Path) -> None:
+    """Loose files in ten class folders: what the classes mean costs no time."""
+    with tarfile.open(archive) as tar:
+        for number, member in enumerate(member for member in tar if member.name.endswith(".JPEG")):
+            content = tar.extractfile(member)
+            assert content is not None
+            part = "evaluation" if number % 50 == 0 else "images"
+            path = root / part / f"class{number % 10}" / Path(member.name).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.read())
+
+
+def _packed_run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
+    for part in ("images", "evaluation"):
+        source = SourceConfig(uri=str(root / part))
+        make_manifest(
+            ManifestConfig(source=source, output=str(root / f"{part}-list"), labels=LabelsConfig(kind="folders"))
+        )
+    pack(
+        PackConfig(
+            manifest=str(root / "images-list"),
+            output=str(root / "packed"),
+            shard_size=100,
+            reencode=Reencode(shorter_side=256),
+        )
+    )
+    config = TrainConfig(
+        train=str(root / "packed"),
+        evaluate_on=str(root / "evaluation-list"),
+        output=str(root / "runs"),
+        registry=str(root / "registry"),
+        run_id="speed",
+        name="speed",
+        version="1",
+        architecture={"name": "resnet18"},
+        steps=arguments.steps,
+        batch_size=BATCH,
+        augment={"size": SIZE},
+        evaluation={"preprocessing": {"resize_size": 256, "crop_size": 224}},
+        compute={"precision": arguments.precision},
+    )
+    return make_run(config).model_copy(update={"device": "cpu"})
+
+
+def _ours(run: TrainingRun, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Images per second and the share of the time spent waiting for data."""
+    worker = Worker(num_threads=arguments.threads)
+    images = TrainingSet.open(run.config.train)
+    trainee = Trainee(run, worker, images)
+    batches = storage.run_ahead(batches_of(run, worker, make_loader(run, worker, images), 0), 3)
+    num_images, start, wait_s = 0, 0.0, 0.0
+    for number in range(arguments.steps):
+        if number == WARM_UP:
+            num_images, start, wait_s = 0, time.perf_counter(), 0.0
+        wait_start = time.perf_counter()
+        batch = next(batches)
+        wait_s += time.perf_counter() - wait_start
+        trainee.train_step(batch, 0.01)
+        num_images += len(batch.labels)
+    elapsed_s = time.perf_counter() - start
+    return num_images / elapsed_s, wait_s / elapsed_s
+
+
+def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:
+    worker = Worker(num_threads=arguments.threads)
+    images = TrainingSet.open(run.config.train)
+    trainee = Trainee(run, worker, images)
+    batch = next(iter(make_loader(run, worker, images).batches(0, 0, rank=0, world_size=1, size_at=lambda _: SIZE)))
+    start = 0.0
+    for number in range(arguments.steps):
+        if number == WARM_UP:
+            start = time.perf_counter()
+        trainee.train_step(batch, 0.01)
+    return (arguments.steps - WARM_UP) * len(batch.labels) / (time.perf_counter() - start)
+
+
+class _Files(Dataset[tuple[torch.Tensor, int]]):
+    """torchvision's ImageFolder with the reference's training preset, spelled out."""
+
+    def __init__(self, root: Path) -> None:
+        self._paths = sorted(root.rglob("*.JPEG"))
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+                transforms.ConvertImageDtype(torch.float32),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path = self._paths[index]
+        with Image.open(path) as image:
+            return self._transform(image.convert("RGB")), int(path.parent.name.removeprefix("class"))
+
+
+def _reference(root: Path, arguments: argparse.Namespace) -> float:
+    network = models.resnet18(num_classes=10).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    criterion = torch.nn.CrossEntropyLoss()
+    loader: Any = DataLoader(_Files(root), BATCH, shuffle=True, num_workers=2, drop_last=True)
+    number, num_images, start = 0, 0, 0.0
+    while number < arguments.steps:
+        for images, labels in loader:
+            loss = criterion(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            number += 1
+            if number == WARM_UP:
+                start = time.perf_counter()
+            if number > WARM_UP:
+                num_images += len(labels)
+            if number == arguments.steps:
+                break
+    return num_images / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from jobs.degradation import DegradationConfig, Net, make_curve, num_at_once
+from pipeline.cluster import Node
+from pipeline.errors import RunError
+from pipeline.training.run import make_run
+from pipeline.training.trainer import Workers
+from tests.training_worlds import make_sets, train_config
+from tests.worlds import run_job
+
+NETS = ("plain-8", "residual-8", "plain-14", "residual-14")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sets")
+    make_sets(folder)
+    return folder
+
+
+def look(step: int, top1: float) -> dict[str, Any]:
+    return {"step": step, "top1": top1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depths": [20, 21]}, "6n.2"),
+        ({"depths": [2]}, "8 at least"),
+        ({"depths": [20, 20]}, "each of depths once"),
+        ({"kinds": ["plain", "plain"]}, "each of kinds once"),
+        ({"start": {"bundle": "tiny/1"}}, "no start.bundle"),
+    ],
+)
+def test_nets_that_cannot_be_compared_are_refused(root, fields, message):
+    with pytest.raises(ValidationError, match=message):
+        DegradationConfig(**{**train_config(root).model_dump(), **fields})
+
+
+def test_training_error_is_the_mean_over_a_fortieth_and_the_test_error_that_of_an_evaluation(root):
+    net = Net("residual", 14, make_run(train_config(root, epochs=None, steps=400)))
+    history = [look(4, 0.1), look(10, 0.2), look(20, 0.5), look(400, 1.0)]
+    curve = make_curve(net, history, [look(15, 0.25), look(400, 0.75)])
+    assert (curve.depth, curve.is_residual) == (14, True)
+    assert curve.steps.tolist() == [10, 15, 20, 400]
+    np.testing.assert_allclose(curve.train_error, [1 - (4 * 0.1 + 6 * 0.2) / 10, np.nan, 0.5, 0])
+    np.testing.assert_allclose(curve.test_error, [np.nan, 0.75, np.nan, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ([Node(2)], Workers(1, 1, 1, use_gpu=False), 2),
+        ([Node(2)], Workers(1, 1, 2, use_gpu=False), 1),
+        ([Node(3), Node(3)], Workers(2, 2, 2, use_gpu=False), 1),
+        ([Node(8, 2), Node(1, 2)], Workers(1, 1, 1, use_gpu=True), 3),
+        ([Node(8, 2), Node(8, 2)], Workers(1, 4, 4, use_gpu=True), 1),
+        ([Node(2)], Workers(1, 4, 1, use_gpu=False), 1),
+    ],
+)
+def test_as_many_are_trained_at_once_as_the_cluster_has_room_for(nodes, workers, expected):
+    assert num_at_once(nodes, workers) == expected
+
+
+@pytest.fixture(scope="module")
+def fields(root) -> dict[str, Any]:
+    config = train_config(root).model_dump(include={"train", "evaluate_on", "output", "registry", "name", "version"})
+    return {
+        **config,
+        "run_id": "degradation",
+        "depths": [8, 14],
+        "steps": 6,
+        "batch_size": 8,
+        "augment__crop": "center",
+        "augment__size": 32,
+        "evaluation__preprocessing__resize_size": 32,
+        "evaluation__preprocessing__crop_size": 32,
+        "checkpoint__every_steps": 3,
+        "compute__num_workers": 1,
+        "compute__cpus_per_worker": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def summary(fields) -> dict[str, Any]:
+    return run_job("degradation", **fields)
+
+
+def checkpoint_times(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (root / "runs").glob("*/checkpoints/*.pt")}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_plain_and_residual_nets_are_trained_and_drawn(root, summary):
+    assert tuple(summary["errors"]) == NETS
+    folder = root / "runs" / "degradation"
+    assert ElementTree.parse(folder / "degradation.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    rows = [row.split("|")[1:-1] for row in (folder / "table.md").read_text().splitlines()[2:]]
+    told = [
+        [100 * error for name in NETS if name.endswith(f"-{depth}") for error in summary["errors"][name].values()]
+        for depth in (8, 14)
+    ]
+    assert [[float(cell) for cell in row] for row in rows] == [
+        [depth, *map(pytest.approx, errors)] for depth, errors in zip((8, 14), told, strict=True)
+    ]
+    curves = json.loads((folder / "degradation.json").read_text())
+    assert {name: curve["step"][-1] for name, curve in curves.items()} == dict.fromkeys(NETS, 6)
+    assert {path.parent.name for path in (root / "runs").glob("*/report.html")} == {f"degradation-{n}" for n in NETS}
+    assert {path.name for path in (root / "registry").iterdir()} >= {f"shapes-{name}" for name in NETS}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_same_command_goes_on_with_what_was_cut_short_alone(root, fields, summary):
+    before = checkpoint_times(root)
+    cut_short = root / "runs" / "degradation-plain-14" / "checkpoints" / "000000006.pt"
+    cut_short.unlink()
+    again = run_job("degradation", **fields)
+    after = checkpoint_times(root)
+    assert {path for path in after if before[path] != after[path]} == {cut_short}
+    assert again["errors"] == summary["errors"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_name_that_is_taken_is_refused_where_nothing_is_to_be_resumed(fields, summary):
+    refused = run_job("degradation", expected_code=2, **{**fields, "version": "2"}, resume="false")
+    assert "degradation-plain-8' is there already" in refused["message"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_net_that_fails_stops_the_others(root, fields):
+    """Nothing can be drawn without it, and the same command goes on."""
+    wild = {"run_id": "wild", "optimizer__learning_rate": 1e30, "name": "wild", "steps": 100_000}
+    failed = run_job("degradation", expected_code=1, **{**fields, **wild})
+    assert failed["error"] == RunError.__name__
+    assert "expected a finite loss" in failed["message"]

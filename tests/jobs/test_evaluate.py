@@ -1,0 +1,103 @@
+"""The evaluation job: the answers of `predict`, the same for any number of workers, wrong input refused at once."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.demo_images import CLASSES
+from pipeline.data.manifest import Manifest
+from pipeline.tables import open_table
+from tests.manifests import images_of
+from tests.worlds import make_world, run_job
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+def evaluate(world: Path, **fields: Any) -> dict[str, Any]:
+    places = {name: world / name for name in ("manifest", "registry")}
+    return run_job("evaluate", **{**places, "bundle": "tiny", **fields})
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_the_accuracy_is_exactly_that_of_predict(world, tmp_path):
+    summary = evaluate(world, output=tmp_path / "evaluation")
+    places = {name: world / name for name in ("manifest", "registry")}
+    run_job("predict", **places, bundles="tiny", output=tmp_path / "tables", run_id="same")
+    predicted = open_table(str(tmp_path / "tables/predictions"), "same").to_table().to_pylist()
+    failed = open_table(str(tmp_path / "tables/errors"), "same").to_table().drop_columns(["run_id"]).to_pylist()
+    truth = {row["uri"]: row["label"] for row in images_of(Manifest.open(str(world / "manifest")))}
+    assert (summary["status"], summary["num_images"], summary["num_errors"]) == ("done", len(predicted), len(failed))
+    assert summary["top1_error"] == sum(row["label_id"] != truth[row["uri"]] for row in predicted) / 27
+    assert summary["top5_error"] == sum(truth[row["uri"]] not in row["topk_label_ids"] for row in predicted) / 27
+    assert pq.read_table(tmp_path / "evaluation/errors.parquet").to_pylist() == failed
+    confusion = json.loads((tmp_path / "evaluation/evaluation.json").read_text())["confusion"]
+    answers = [[0] * len(CLASSES) for _ in CLASSES]
+    for row in predicted:
+        answers[truth[row["uri"]]][row["label_id"]] += 1
+    assert confusion == answers
+    assert (tmp_path / "evaluation/report.html").read_text().startswith("<!")
+
+
+@pytest.fixture
+def three_cpus() -> Iterator[dict[str, str]]:
+    """The environment of a cluster of three nodes of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield {**os.environ, "RAY_ADDRESS": cluster.address}
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_one_two_and_three_workers_count_the_same(world, tmp_path, three_cpus):
+    found = []
+    for num_workers in (1, 2, 3):
+        output = tmp_path / str(num_workers)
+        summary = evaluate(world, env=three_cpus, output=output, compute__num_workers=num_workers)
+        assert summary["num_workers"] == num_workers
+        told = json.loads((output / "evaluation.json").read_text())
+        assert told.pop("loss") == pytest.approx(summary["loss"])
+        found.append((told, (output / "errors.parquet").read_bytes()))
+    assert found[0] == found[1] == found[2]
+    assert (found[0][0]["num_images"], found[0][0]["num_errors"]) == (27, 3)
+
+
+# --- bad input, said before a Ray is waited for ----------------------------------------------------------------------
+
+
+def test_classes_in_another_order_are_refused(world, tmp_path):
+    run_job(
+        "manifest",
+        source__uri=world / "images",
+        labels__kind="folders",
+        output=tmp_path / "manifest",
+        classes=CLASSES[::-1],
+    )
+    refusal = evaluate(world, manifest=tmp_path / "manifest", expected_code=2)
+    assert refusal["error"] == "ManifestError"
+    assert f"label 0 is {CLASSES[-1]!r} where the network's is {CLASSES[0]!r}" in refusal["message"]
+
+
+def test_a_protocol_that_does_not_fit_the_bundle_is_refused(world):
+    refusal = evaluate(world, protocol__views="ten_crop", protocol__flip="true", expected_code=2)
+    assert "half of the ten crops are mirror images already" in refusal["message"]
+
+
+def test_a_bundle_that_is_not_there_is_refused(world):
+    assert "named 'huge'" in evaluate(world, bundle="huge", expected_code=2)["message"]

@@ -1,0 +1,45 @@
+"""How many workers there are, and of what size, on clusters of all shapes."""
+
+import pytest
+
+from pipeline.cluster import Node
+from pipeline.errors import ConfigError
+from pipeline.training.trainer import Workers, choose_workers
+
+AS_IT_COMES = {"num_workers": None, "cpus_per_worker": None}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([Node(2)], Workers(1, 1, 2, False)),
+        ([Node(0), Node(4), Node(8)], Workers(1, 1, 4, False)),
+        ([Node(8, 2), Node(6, 2), Node(4)], Workers(4, 4, 3, True)),
+    ],
+)
+def test_unset_is_a_worker_for_each_gpu_or_one(nodes: list[Node], expected: Workers):
+    assert choose_workers(nodes, **AS_IT_COMES, use_gpu=expected.use_gpu) == expected
+
+
+def test_cpus_are_shared_fairly_and_a_pair_is_the_fewest_and_the_most():
+    nodes = [Node(4), Node(4)]
+    assert choose_workers(nodes, num_workers=[4], cpus_per_worker=None, use_gpu=False) == Workers(4, 4, 2, False)
+    assert choose_workers(nodes, num_workers=[1, 8], cpus_per_worker=None, use_gpu=False) == Workers(1, 8, 1, False)
+    assert choose_workers(nodes, num_workers=[2], cpus_per_worker=3, use_gpu=False) == Workers(2, 2, 3, False)
+
+
+def test_workers_that_do_not_fit_are_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"3 workers of 2 CPUs each do not fit this cluster, 2 do \(nodes: 2 CPUs \+"):
+        choose_workers([Node(2), Node(3)], num_workers=[3], cpus_per_worker=2, use_gpu=False)
+    with pytest.raises(ConfigError, match="2 workers of 1 CPUs and a GPU each do not fit this cluster, 1 do"):
+        choose_workers([Node(4, 1)], num_workers=[2], cpus_per_worker=1, use_gpu=True)
+
+
+@pytest.mark.parametrize("num_workers", [[0], [3, 2], [5], [1, 5]])
+def test_no_workers_more_fewest_than_most_and_more_than_lanes_are_refused(num_workers: list[int]):
+    with pytest.raises(ConfigError, match=rf"at most data.num_lanes \(4\), got \[{num_workers[0]}"):
+        choose_workers([Node(8)], num_workers=num_workers, cpus_per_worker=1, use_gpu=False, num_lanes=4)
+
+
+def test_without_lanes_there_may_be_as_many_workers_as_fit():
+    assert choose_workers([Node(64)], num_workers=[40], cpus_per_worker=1, use_gpu=False).most == 40

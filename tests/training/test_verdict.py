@@ -1,0 +1,116 @@
+"""The verdict on a bundle: what a rank judges, and the three files that tell of it."""
+
+import json
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.data.manifest import Manifest
+from pipeline.data.readers import ReadLimits
+from pipeline.models.bundle import Bundle
+from pipeline.tables import schemas
+from pipeline.training.evaluate import Setup
+from pipeline.training.protocol import Protocol
+from pipeline.training.verdict import Verdict, judge_bundle
+from pipeline.training.worker import Worker
+from tests.worlds import make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def verdict(world) -> Verdict:
+    bundle_uri = storage.normalise(str(world / "registry/tiny/1"))
+    bundle, manifest = Bundle.load(bundle_uri), Manifest.open(str(world / "manifest"))
+    setup = Setup(preprocessing=bundle.preprocessing, batch_size=8, keep_hardest=4)
+    outcome = judge_bundle(bundle_uri, manifest.uri, setup, "float32", Worker())
+    return Verdict(bundle, bundle_uri, manifest, setup.protocol, "float32", outcome)
+
+
+@pytest.fixture(scope="module")
+def output(verdict, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output")
+    verdict.write(storage.normalise(str(folder)), "batch_size: 8\n", {"workers": "3"}, ReadLimits())
+    return folder
+
+
+class Shown(HTMLParser):
+    """The text of a page, and how many pictures it carries."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.num_jpegs = "", 0
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.num_jpegs += tag == "img" and str(dict(attrs)["src"]).startswith("data:image/jpeg")
+
+
+def test_a_rank_tells_how_far_it_is(world):
+    told: list[dict] = []
+    bundle_uri = storage.normalise(str(world / "registry/tiny/1"))
+    setup = Setup(preprocessing=Bundle.load(bundle_uri).preprocessing)
+    judge_bundle(bundle_uri, str(world / "manifest"), setup, "float32", Worker(observe=told.append))
+    assert told == [{"rank": 0, "images": images} for images in (8, 16, 24, 30)]
+
+
+def test_bfloat16_is_asked_for_by_name(world, verdict):
+    setup = Setup(preprocessing=verdict.bundle.preprocessing, keep_hardest=4)
+    rounded = judge_bundle(verdict.bundle_uri, verdict.manifest.uri, setup, "bfloat16", Worker())
+    assert rounded.counts.loss != verdict.outcome.counts.loss
+    assert rounded.counts.loss == pytest.approx(verdict.outcome.counts.loss, rel=0.05)
+
+
+def test_the_json_has_every_figure(verdict, output):
+    told = json.loads((output / "evaluation.json").read_text())
+    confusion = np.array(told["confusion"])
+    np.testing.assert_array_equal(confusion, verdict.outcome.counts.confusion)
+    assert (told["num_images"], told["num_errors"], told["top1"]) == (27, 3, confusion.trace())
+    assert told["top1_error"] == (27 - told["top1"]) / 27
+    assert told["top5_error"] == (27 - told["top5"]) / 27
+    assert [row["class"] for row in told["classes"]] == verdict.bundle.classes
+    assert [row["num_images"] for row in told["classes"]] == confusion.sum(1).tolist()
+    assert sum(row["top1"] for row in told["classes"]) == told["top1"]
+    assert told["protocol"] == "1-crop 32 of 32, bilinear"
+    assert (told["bundle"], told["bundle_digest"]) == ("tiny/1", verdict.bundle.digest)
+    assert told["manifest_digest"] == verdict.manifest.digest
+    assert sum(told["errors_by_kind"].values()) == 3
+
+
+def test_the_errors_table_lists_what_was_not_judged(verdict, output):
+    table = pq.read_table(output / "errors.parquet")
+    assert table.schema.equals(schemas.schema("errors"))
+    assert table.schema.metadata[b"bundle_digest"].decode() == verdict.bundle.digest
+    assert len(verdict.outcome.errors) == 3
+    assert table.to_pylist() == [asdict(failed) for failed in verdict.outcome.errors]
+
+
+def test_the_report_shows_figures_and_hardest_images_and_no_curves(verdict, output):
+    shown = Shown((output / "report.html").read_text())
+    counts = verdict.outcome.counts
+    assert f"{100 * counts.top1_accuracy:.1f} % top-1 on 27 images" in shown.text
+    assert f"{counts.top1_error:.2%}" in shown.text
+    assert "1-crop 32 of 32, bilinear" in shown.text
+    assert "Confusion matrix" in shown.text
+    assert "batch_size: 8" in shown.text
+    assert "Curves" not in shown.text
+    assert shown.num_jpegs == 4
+
+
+def test_without_errors_the_table_has_no_rows(verdict, tmp_path):
+    flawless = replace(verdict, outcome=replace(verdict.outcome, errors=[]), protocol=Protocol(flip=True))
+    flawless.write(storage.normalise(str(tmp_path)), "", {}, ReadLimits())
+    assert pq.read_table(tmp_path / "errors.parquet").num_rows == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"].endswith("with mirror image")
