@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -26,7 +26,6 @@ from pydantic import Field, model_validator
 from jobs import connected_ray, run_job
 from pipeline import storage
 from pipeline.cluster import Node, choose_device
-from pipeline.errors import RunError
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, make_run, read_run
@@ -173,12 +172,15 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
     unfinished = [net for net in nets if done[net.name] < net.run.num_steps]
     total = sum(net.run.num_steps for net in nets)
     with TrainingProgress(num_steps=total, interval_s=config.progress_interval_s) as progress:
-        _train_together(unfinished, workers, num_at_once(nodes, workers), _Told(progress, done, total))
+        train_together(unfinished, workers, num_at_once(nodes, workers), Told(progress, done, total))
     return nets
 
 
-def _train_together(nets: list[Net], workers: "Workers", at_once: int, told: "_Told") -> None:
-    """Train the nets, so many at a time; where one fails, or a signal comes, all stop at their next look."""
+def train_together(nets: Sequence[Net], workers: "Workers", at_once: int, told: "Told") -> None:
+    """Train the nets, so many at a time; where one fails, or a signal comes, those under way stop at their next look.
+
+    Raises what the first of them failed of.
+    """
     from pipeline.training.tracking import Tracker
     from pipeline.training.trainer import run_training
 
@@ -187,25 +189,35 @@ def _train_together(nets: list[Net], workers: "Workers", at_once: int, told: "_T
     def train(net: Net) -> None:
         def observe(status: dict[str, Any]) -> None:
             if is_stopping.is_set():
-                raise RunError(f"{net.name} was stopped; run the same command to go on")
+                raise _CutShortError
             told.update(net.name, status)
             tracker.update(status)
 
-        with Tracker(net.run) as tracker:
-            run_training(net.run, workers, observe)
+        if is_stopping.is_set():
+            return
+        try:
+            with Tracker(net.run) as tracker:
+                run_training(net.run, workers, observe)
+        except _CutShortError:
+            return
+        except BaseException:
+            is_stopping.set()
+            raise
 
-    pool = ThreadPoolExecutor(at_once, thread_name_prefix="net")
-    try:
-        for future in as_completed([pool.submit(train, net) for net in nets]):
-            future.result()
-    except BaseException:
-        is_stopping.set()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(at_once, thread_name_prefix="net") as pool:
+        futures = [pool.submit(train, net) for net in nets]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            is_stopping.set()
 
 
-class _Told:
+class _CutShortError(Exception):
+    """A net is stopped for another's sake, or a signal's; its last checkpoint is what the same command goes on from."""
+
+
+class Told:
     """One progress of all nets, which tell theirs in threads of their own."""
 
     def __init__(self, progress: "TrainingProgress", done: dict[str, int], num_steps: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs.degradation import DegradationConfig
 from jobs.evaluate import EvaluateConfig
 from jobs.import_model import ImportConfig
 from jobs.manifest import ManifestConfig
@@ -31,6 +32,7 @@ TYPES: dict[str, type[JobConfig]] = {
     "train_imagenet_v1": TrainConfig,
     "train_imagenet_v2": TrainConfig,
     "train_imagenet_a3": TrainConfig,
+    "degradation": DegradationConfig,
     "fine_tune": TrainConfig,
     "linear_probe": TrainConfig,
 }

@@ -229,6 +229,8 @@ class TrainConfig(JobConfig):
     """Version of the bundle, never published before."""
     alias: Name | None = None
     """Alias to point at it, such as production."""
+    export: list[Literal["torch_export", "onnx"]] = Field([])
+    """Formats that the published network is also written in, below the bundle, each checked to give its answers."""
     architecture: Architecture | None = None
     """Network of the catalog and arguments of its constructor; unset: that of `start.bundle`."""
     epochs: float | None = Field(None, gt=0)

@@ -75,7 +75,7 @@ class Trainee:
         self._run, self._worker = run, worker
         config, device = run.config, worker.device
         self.step = 0
-        self.precision = autocast_type(config.compute.precision, device)
+        self._precision = autocast_type(config.compute.precision, device)
         self._network = make_network(run).to(device).to(memory_format=torch.channels_last)
         optim.freeze(self._network, config.start)
         if config.compute.sync_batch_norm and device.type != "cuda":
@@ -157,7 +157,7 @@ class Trainee:
             size = images.shape[1:]
             images, targets = images.new_zeros(1, *size), targets.new_zeros(1, *targets.shape[1:])
             labels, weights = labels.new_zeros(1), weights.new_zeros(1)
-        with torch.autocast(self._worker.device.type, self.precision, enabled=self.precision is not None):
+        with torch.autocast(self._worker.device.type, self._precision, enabled=self._precision is not None):
             logits, _ = self._replica(images)
         loss = self._loss(logits.float(), targets, weights)
         (loss * (self._worker.world_size / num_global)).backward()  # ranks' gradients are averaged
@@ -231,14 +231,16 @@ def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loa
 
 
 def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: TrainingSet) -> Outcome:
-    """The evaluation of what would be published now, over all ranks; `hardest` too. Every rank calls it."""
+    """The evaluation of what would be published now, over all ranks; `hardest` too. Every rank calls it.
+
+    In float32 whatever the training's precision, as inference is: the figures are the bundle's.
+    """
     data = run.config.data
     setup = Setup(
         preprocessing=run.preprocessing,
         images=data,
         batch_size=run.config.evaluation.batch_size,
         device=worker.device,
-        precision=trainee.precision,
         keep_hardest=NUM_HARDEST,
         num_threads=data.decode_threads or worker.num_threads,
     )

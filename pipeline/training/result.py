@@ -11,6 +11,7 @@ from pipeline import storage
 from pipeline.errors import RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle, Metric, pack
+from pipeline.models.export import EXPORT_FILES, export
 from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
 from pipeline.tables import schemas
@@ -51,6 +52,9 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     )
     uri = registry.publish(run.config.registry, bundle, weights)
     storage.write(storage.join(uri, "MODEL_CARD.md"), _model_card(run, bundle).encode())
+    for wanted in run.config.export:
+        exported = export(network.eval(), run.preprocessing.crop_size, wanted)
+        storage.write(storage.join(uri, "exports", EXPORT_FILES[wanted]), exported)
     if run.config.alias is not None:
         registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
     return bundle, uri, {**last, "outcome": best["outcome"]}

@@ -27,6 +27,7 @@ from pipeline.training.config import TrainConfig
 MAY_CHANGE: dict[str, Any] = {
     "resume": True,
     "alias": True,
+    "export": True,
     "progress_interval_s": True,
     "checkpoint": True,
     "registry": True,

@@ -25,12 +25,12 @@ class Tracker:
 
     def __init__(self, run: TrainingRun) -> None:
         self._uri = storage.join(run.uri, "tensorboard")
-        self._folder = tempfile.TemporaryDirectory(prefix="tensorboard-")
         self._mlflow = _start_mlflow(run) if os.environ.get("MLFLOW_TRACKING_URI") else None
 
     def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter  # seconds that a refused config need not wait
 
+        self._folder = tempfile.TemporaryDirectory(prefix="tensorboard-")
         self._writer = SummaryWriter(self._folder.name)
         return self
 

@@ -1,4 +1,6 @@
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -7,10 +9,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jobs.degradation import DegradationConfig, Net, make_curve, num_at_once
+from jobs.degradation import DegradationConfig, Net, Told, make_curve, num_at_once, train_together
 from pipeline.cluster import Node
 from pipeline.errors import RunError
-from pipeline.training.run import make_run
+from pipeline.telemetry import TrainingProgress
+from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.trainer import Workers
 from tests.training_worlds import make_sets, train_config
 from tests.worlds import run_job
@@ -67,6 +70,36 @@ def test_training_error_is_the_mean_over_a_fortieth_and_the_test_error_that_of_a
 )
 def test_as_many_are_trained_at_once_as_the_cluster_has_room_for(nodes, workers, expected):
     assert num_at_once(nodes, workers) == expected
+
+
+def test_a_net_that_fails_stops_those_beside_it_and_those_to_come(root, monkeypatch):
+    nets = [Net("plain", depth, make_run(train_config(root, run_id=f"net-{depth}"))) for depth in (8, 14, 20)]
+    seen = []
+
+    def run_training(run: TrainingRun, workers: Workers, observe: Callable[[dict[str, Any]], None]) -> None:
+        seen.append(run.config.run_id)
+        if run.config.run_id == "net-8":
+            raise RunError("expected a finite loss")
+        for step in range(10_000):
+            observe({**look(step, 0.5), "loss": 1.0})
+            time.sleep(0.01)
+
+    monkeypatch.setattr("pipeline.training.trainer.run_training", run_training)
+    progress = TrainingProgress(num_steps=300, interval_s=60)
+    told = Told(progress, {}, 300)
+    with pytest.raises(RunError, match="finite loss"):
+        train_together(nets, Workers(1, 1, 1, use_gpu=False), 2, told)
+    assert sorted(seen) == ["net-14", "net-8"]
+
+
+def test_the_progress_is_that_of_all_nets():
+    progress = TrainingProgress(num_steps=200, interval_s=60)
+    told = Told(progress, {"plain-8": 100, "plain-14": 30}, 200)
+    told.update("plain-14", {"step": 40, "loss": 1.25, "top1": 0.5})
+    told.update("plain-14", {"evaluation_top1": 0.4, "evaluated_at": 40})
+    status = progress.status()
+    assert (status["step"], status["of"]) == (140, 200)
+    assert status["plain-14"] == "step 40, loss 1.25, training error 50.0%"
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +167,3 @@ def test_the_same_command_goes_on_with_what_was_cut_short_alone(root, fields, su
 def test_a_name_that_is_taken_is_refused_where_nothing_is_to_be_resumed(fields, summary):
     refused = run_job("degradation", expected_code=2, **{**fields, "version": "2"}, resume="false")
     assert "degradation-plain-8' is there already" in refused["message"]
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_one_net_that_fails_stops_the_others(root, fields):
-    """Nothing can be drawn without it, and the same command goes on."""
-    wild = {"run_id": "wild", "optimizer__learning_rate": 1e30, "name": "wild", "steps": 100_000}
-    failed = run_job("degradation", expected_code=1, **{**fields, **wild})
-    assert failed["error"] == RunError.__name__
-    assert "expected a finite loss" in failed["message"]

@@ -87,7 +87,7 @@ def test_classes_in_another_order_are_refused(world, tmp_path):
         source__uri=world / "images",
         labels__kind="folders",
         output=tmp_path / "manifest",
-        classes=CLASSES[::-1],
+        classes=list(CLASSES[::-1]),
     )
     refusal = evaluate(world, manifest=tmp_path / "manifest", expected_code=2)
     assert refusal["error"] == "ManifestError"
