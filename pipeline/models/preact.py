@@ -98,7 +98,7 @@ class PreactResNet(ResNet):
     """A ResNet of pre-activation blocks, activated once more after the last one [appendix].
 
     The first block's activation is the stem's own, before the paths part [appendix]; of ImageNet nets it stands before
-    the pooling, as in the authors' published ones.
+    the stem's pooling, as in facebook/fb.resnet.torch (preresnet.lua, `no_preact`).
     """
 
     def __init__(
