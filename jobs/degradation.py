@@ -223,6 +223,7 @@ class Told:
     def __init__(self, progress: "TrainingProgress", done: dict[str, int], num_steps: int) -> None:
         self._progress, self._done, self._num_steps = progress, dict(done), num_steps
         self._lock = threading.Lock()
+        progress.update({"step": sum(done.values()), "of": num_steps})
 
     def update(self, name: str, status: dict[str, Any]) -> None:
         """What rank 0 of a net told."""

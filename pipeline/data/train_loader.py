@@ -21,7 +21,7 @@ from pipeline.data.manifest import Shard
 from pipeline.data.readers import ImageRef, ReadLimits, fetch_image, image_refs, read_shard
 from pipeline.data.sampler import EpochOrder, Steps, Window
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError, ImageError
+from pipeline.errors import ConfigError, ImageError, StorageError
 
 Draws: TypeAlias = npt.NDArray[np.float64]
 Geometry: TypeAlias = Callable[[torch.Tensor, int, Draws], torch.Tensor]
@@ -77,7 +77,10 @@ class TrainLoader:
     def batches(
         self, epoch: int, first_step: int, *, rank: int, world_size: int, size_at: Callable[[int], int]
     ) -> Iterator[TrainBatch]:
-        """This rank's part of every step of an epoch from `first_step` on; nothing is raised for an image."""
+        """This rank's part of every step of an epoch from `first_step` on.
+
+        Nothing is raised for an image, StorageError for a store that fails: its images would be missing.
+        """
         order = self.order(epoch)
         parts = _Parts(order, self.steps, first_step, rank, world_size, self.num_draws)
         decoded = self._decoded_ahead(self._ordered(order, parts), parts.sizes_and_draws(size_at))
@@ -90,13 +93,17 @@ class TrainLoader:
         return uncut._decoded_ahead(items, itertools.repeat((0, np.empty(0))))
 
     def _ordered(self, order: EpochOrder, parts: "_Parts") -> Iterator["_Item"]:
-        lanes: dict[int, Iterator[_Item]] = {}
+        start, _ = parts.steps.bounds(parts.first_step)
+        mine = range(parts.rank, order.num_lanes, parts.world_size)
+        lanes = {
+            lane: self._lane(order, lane, (start - lane + order.num_lanes - 1) // order.num_lanes) for lane in mine
+        }
+        fronts = storage.map_concurrently(lambda lane: next(lane, None), lanes.values(), len(lanes) or 1)
+        heads = dict(zip(lanes, fronts, strict=True))  # the first windows at once, not one after the other
         for step in parts.range:
             for position in parts.positions(step):
-                lane, first = position % order.num_lanes, position // order.num_lanes
-                if lane not in lanes:
-                    lanes[lane] = self._lane(order, lane, first)
-                yield next(lanes[lane])
+                lane = position % order.num_lanes
+                yield heads.pop(lane, None) or next(lanes[lane])
 
     def _lane(self, order: EpochOrder, lane: int, first: int) -> Iterator["_Item"]:
         """A lane's images from its image `first` on, one window ahead of the reader."""
@@ -144,6 +151,8 @@ class TrainLoader:
         item, (size, draws) = job
         try:
             if isinstance(item.data, ImageError):
+                if item.data.error == "storage_error":
+                    raise StorageError(f"{item.data}; training goes on from its last checkpoint when the store is back")
                 raise item.data
             assert item.data is not None
             image = images.decode(item.data, max_pixels=self.limits.max_pixels)

@@ -26,8 +26,8 @@ class TrainingSet:
 
     @classmethod
     def open(cls, uri: str) -> "TrainingSet":
-        """The set at `uri`. Raises ManifestError where images have no label, or one that is no class of the manifest's,
-        or all have the same.
+        """The set at `uri`. Raises ManifestError where images have no label, or one that is no class of the
+        manifest's.
         """
         manifest = Manifest.open(uri)
         shards = list(manifest.shards())
@@ -63,7 +63,7 @@ class TrainingSet:
 
 
 def refuse_overlap(train: TrainingSet, evaluation: TrainingSet) -> None:
-    """Raises ManifestError where an image is in both: the same uri, or the same content as far as etags tell it."""
+    """Raises ManifestError where an image is in both: the same uri, or the same content as far as MD5 etags tell it."""
     evaluated = {content for contents in _contents(evaluation.manifest) for content in contents}
     shared = [contents[0] for contents in _contents(train.manifest) if not evaluated.isdisjoint(contents)]
     if shared:

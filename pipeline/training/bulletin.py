@@ -12,7 +12,7 @@ class Bulletin:
 
     def __init__(self) -> None:
         self._told: list[Status] = []
-        self._should_stop = False
+        self._should_stop = self._has_begun = False
         self._ended: tuple[PipelineError | None, Any] = None, None
 
     def tell(self, status: Status) -> bool:
@@ -20,18 +20,23 @@ class Bulletin:
         self._told.append(status)
         return self._should_stop
 
-    def take(self) -> list[Status]:
-        """What was told since the last time."""
+    def begin(self) -> None:
+        """A worker has begun."""
+        self._has_begun = True
+
+    def take(self) -> tuple[list[Status], bool, PipelineError | None]:
+        """What was told since the last time; whether a worker has begun; what one has failed of for good."""
         told, self._told = self._told, []
-        return told
+        return told, self._has_begun, self._ended[0]
 
     def stop(self) -> None:
         """Ask for a stop at the next look."""
         self._should_stop = True
 
     def end(self, failure: PipelineError | None, result: Any) -> None:
-        """Rank 0 is done. A failure is every rank's: starting again would change nothing."""
-        self._ended = failure, result
+        """Rank 0 is done, or a rank has failed of what starting again would not change; the first failure stays."""
+        if self._ended[0] is None:
+            self._ended = failure, result
 
     def ended(self) -> tuple[PipelineError | None, Any]:
         """What `end` was told."""

@@ -13,7 +13,8 @@ import re
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from contextlib import nullcontext, suppress
+from typing import Any, Self, TypeAlias
 
 import torch
 
@@ -41,6 +42,14 @@ class CheckpointWriter:
         self.wait()
         self._pending = self._thread.submit(self._write, _copied(state))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last one; where the training failed, that is the error to tell."""
+        with suppress(StorageError) if kind is not None else nullcontext():
+            self.wait()
+
     def wait(self) -> None:
         """Until the last one is there. Raises StorageError where it could not be written."""
         pending, self._pending = self._pending, None
@@ -54,12 +63,13 @@ class CheckpointWriter:
         try:
             storage.write(uri, data.getvalue())
         except StorageError as error:
-            raise StorageError(
+            raise type(error)(
                 f"the checkpoint {uri!r} of {data.tell()} bytes cannot be written: {error}. Earlier ones stay: make "
                 "room or give access, then run again with --resume true"
             ) from error
-        kept = steps_to_keep(list_steps(self._run_uri), state["evaluations"], self._config)
-        for step in set(list_steps(self._run_uri)) - kept:
+        there = list_steps(self._run_uri)
+        until_now = [step for step in there if step <= state["step"]]  # later ones are damaged, or were gone back from
+        for step in set(there) - steps_to_keep(until_now, state["evaluations"], self._config):
             storage.delete(checkpoint_uri(self._run_uri, step))
 
 

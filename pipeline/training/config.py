@@ -19,8 +19,8 @@ class DataConfig(ReadLimits):
     """Streams that the epoch is dealt into, round robin, each reading shards of its own; a worker has whole lanes, so
     this is also the most workers there can be. The order of an epoch depends on it, and not on the workers."""
     shuffle_window: int = Field(1000, ge=1)
-    """Images of one lane, in whole shards, that are shuffled among each other and held in memory where shards are
-    packed; shards are shuffled besides. Loose or cached images are shuffled over the whole lane."""
+    """Images of one lane, in whole shards, that are shuffled among each other; packed ones are held in memory, in every
+    lane twice as many. Shards are shuffled besides. Loose or cached images are shuffled over the whole lane."""
     cache: Literal["none", "memory", "device"] = "none"
     """Where decoded images stay after they were first used: nowhere, in the worker's memory, on its device. For sets
     whose images all have one size, such as CIFAR's."""
@@ -79,6 +79,8 @@ class LossConfig(Section):
     """bce: a binary cross-entropy for each class (Wightman et al. 2021, arXiv:2110.00476, section 2)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
+    bce_threshold: float | None = Field(None, ge=0, lt=1)
+    """For bce: shares of a mixed target above this count as 1, others as 0; unset: they stay shares."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs the inverse of its share of the training images, 1 on average over the images."""
 
@@ -258,6 +260,8 @@ class TrainConfig(JobConfig):
     def _of_one_piece(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("expected either epochs or steps")
+        if self.start.bundle is not None and self.start.zero_init_last_norm:
+            raise ValueError("expected start.bundle or start.zero_init_last_norm, which would undo it")
         if self.start.bundle is None and (self.architecture is None or self.evaluation.preprocessing is None):
             raise ValueError("expected architecture and evaluation.preprocessing, or start.bundle, which has both")
         return self

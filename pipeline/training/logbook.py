@@ -15,7 +15,7 @@ from pipeline.training.counts import Outcome
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
 
-_MOST_LOOKS = 4000  # of a whole run: points of a curve
+_MOST_ENTRIES = 4000  # of a whole run: points of a curve
 _URIS_TOLD = 8
 
 
@@ -35,7 +35,8 @@ class Logbook:
 
     def __init__(self, run: TrainingRun, worker: Worker) -> None:
         self._run, self._worker = run, worker
-        self._look_every = max(1, min(10, run.num_steps // 100), math.ceil(run.num_steps / _MOST_LOOKS))
+        self._look_every = max(1, min(10, run.num_steps // 100))  # a stop is heard at a look
+        self._enter_every = math.ceil(run.num_steps / _MOST_ENTRIES)
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.errors: dict[str, list[str]] = {}
@@ -107,6 +108,10 @@ class Logbook:
         self._observe({**told, "evaluated_at": step})
         self._restart_clock()  # the evaluation's seconds are not training's
 
+    def has_judged(self, step: int) -> bool:
+        """Whether the network of that step was evaluated."""
+        return any(entry["step"] == step for entry in self.evaluations)
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
@@ -136,7 +141,8 @@ class Logbook:
             "images_per_s": num_images / elapsed_s,
             "data_wait_share": all_wait_s / all_elapsed_s,
         }
-        self.history.append(entry)
+        if step.number // self._enter_every > (step.number - len(self._steps)) // self._enter_every:
+            self.history.append(entry)
         left = (self._run.num_steps - step.number) * elapsed_s / len(self._steps)
         self._observe({**entry, "of": self._run.num_steps, "eta_s": round(left), "errors": int(self._num_failed)})
         self._steps = []
@@ -150,7 +156,7 @@ class Logbook:
             self._worker.observe(status)
 
     def _gather_errors(self, failed: dict[str, ImageError]) -> None:
-        mine = {uri: [error.stage, error.error, error.message] for uri, error in failed.items()}
+        mine = {uri: [error.stage, error.error, error.message] for uri, error in list(failed.items())}
         for of_rank in self._worker.gather(mine):
             self.errors |= of_rank
 

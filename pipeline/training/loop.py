@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import storage
 from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError, StorageError
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network, build
 from pipeline.models.precision import autocast_type
@@ -45,27 +45,46 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
     StorageError where a checkpoint cannot be written or the evaluation's images cannot be read.
     """
     trainee, log = Trainee(run, worker, train_set), Logbook(run, worker)
+    _go_on(run, worker, trainee, log)
+    loader = make_loader(run, worker, train_set)
+    batches = storage.run_ahead(batches_of(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
+    with CheckpointWriter(run.uri, run.config.checkpoint) as writer:
+
+        def save() -> None:
+            trainee.refuse_non_finite()
+            if worker.rank == 0:
+                writer.write({**trainee.state(), **log.state()})
+
+        def judge_if_due() -> None:
+            if _is_evaluation_due(run, trainee.step) and not log.has_judged(trainee.step):
+                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set), loader.errors)
+                save()
+
+        judge_if_due()  # a run that ended between a checkpoint and its evaluation
+        for batch in log.timed(batches):
+            learning_rate = trainee.learning_rate()
+            log.add(trainee.step + 1, learning_rate, batch, trainee.train_step(batch, learning_rate))
+            is_due = _is_evaluation_due(run, trainee.step) or _is_due(trainee.step, run.config.checkpoint.every_steps)
+            notice = log.look() if is_due or log.is_look_due(trainee.step) else Notice()
+            if is_due or notice.should_checkpoint or notice.should_stop:
+                save()
+            if notice.should_stop:
+                break
+            judge_if_due()
+    return trainee.step == run.num_steps
+
+
+def _go_on(run: TrainingRun, worker: Worker, trainee: "Trainee", log: Logbook) -> None:
+    """From the last checkpoint, if there is one. Raises StorageError where ranks find different ones."""
     if (state := checkpoint.read_last(run.uri)) is not None:
         trainee.load(state)
         log.load(state)
-    loader = make_loader(run, worker, train_set)
-    writer = CheckpointWriter(run.uri, run.config.checkpoint)
-    batches = storage.run_ahead(batches_of(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
-    for batch in log.timed(batches):
-        learning_rate = trainee.learning_rate()
-        totals = trainee.train_step(batch, learning_rate)
-        log.add(trainee.step, learning_rate, batch, totals)
-        is_judged = _is_evaluation_due(run, trainee.step)
-        is_saved = is_judged or _is_due(trainee.step, run.config.checkpoint.every_steps)
-        notice = log.look() if is_saved or log.is_look_due(trainee.step) else Notice()
-        if is_judged:
-            log.judge(trainee.step, judge(run, worker, trainee, evaluation_set), loader.errors)
-        if worker.rank == 0 and (is_saved or notice.should_checkpoint or notice.should_stop):
-            writer.write({**trainee.state(), **log.state()})
-        if notice.should_stop:
-            break
-    writer.wait()
-    return trainee.step == run.num_steps
+    steps = worker.gather(trainee.step)
+    if len(set(steps)) > 1:
+        raise StorageError(
+            f"expected every worker to find the same last checkpoint of {run.uri!r}, they found those of steps "
+            f"{sorted(set(steps))}: is the output a folder that only one node has? Use one that all share"
+        )
 
 
 class Trainee:
@@ -132,6 +151,15 @@ class Trainee:
                 totals += self._forward_backward(*part, num_global=batch.num_global)
         self._move()
         return totals
+
+    def refuse_non_finite(self) -> None:
+        """Raise RunError, on every rank alike, where a weight is no number: nothing could go on from it."""
+        sums = torch.stack([parameter.detach().double().sum() for parameter in self._network.parameters()])
+        if not sums.sum().isfinite():
+            raise RunError(
+                f"step {self.step}: expected finite weights, the step made others; lower optimizer.learning_rate, "
+                "lengthen schedule.warmup, or set optimizer.clip_norm"
+            )
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -245,7 +273,8 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
         num_threads=data.decode_threads or worker.num_threads,
     )
     worker.share_buffers(trainee.judged_network)
-    return evaluate_together(trainee.judged_network, evaluation_set.manifest, setup, worker)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        return evaluate_together(trainee.judged_network, evaluation_set.manifest, setup, worker)
 
 
 def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
@@ -265,7 +294,9 @@ def _size_at(run: TrainingRun, epoch: int, step: int) -> int:
 
 
 def _is_evaluation_due(run: TrainingRun, step: int) -> bool:
-    return step == run.num_steps or _is_due(step, run.config.evaluation.every_epochs * run.steps_per_epoch)
+    return step > 0 and (
+        step == run.num_steps or _is_due(step, run.config.evaluation.every_epochs * run.steps_per_epoch)
+    )
 
 
 def _is_due(step: int, every: float | None) -> bool:

@@ -44,6 +44,8 @@ class Loss:
         num_classes, smoothing = logits.shape[1], self._config.label_smoothing
         if targets.ndim == 1:
             targets = F.one_hot(targets, num_classes).to(logits.dtype)
+        if self._config.bce_threshold is not None:
+            targets = (targets > self._config.bce_threshold).to(logits.dtype)
         smoothed = targets * (1 - smoothing) + smoothing / num_classes
         losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(1)
         return losses if self._class_weights is None else losses * (targets @ self._class_weights)

@@ -52,11 +52,11 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     )
     uri = registry.publish(run.config.registry, bundle, weights)
     storage.write(storage.join(uri, "MODEL_CARD.md"), _model_card(run, bundle).encode())
+    if run.config.alias is not None:
+        registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
     for wanted in run.config.export:
         exported = export(network.eval(), run.preprocessing.crop_size, wanted)
         storage.write(storage.join(uri, "exports", EXPORT_FILES[wanted]), exported)
-    if run.config.alias is not None:
-        registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
     return bundle, uri, {**last, "outcome": best["outcome"]}
 
 

@@ -9,6 +9,7 @@
 <output>/<run_id>/summary.json    how it ended
 """
 
+import importlib.util
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -84,6 +85,8 @@ def make_run(config: TrainConfig) -> TrainingRun:
 
     Raises ConfigError, ManifestError, BundleError.
     """
+    places = ("train", "evaluate_on", "output", "registry")  # absolute: workers have other working folders
+    config = config.model_copy(update={name: storage.normalise(getattr(config, name)) for name in places})
     train, evaluation = (TrainingSet.open(storage.normalise(uri)) for uri in (config.train, config.evaluate_on))
     refuse_one_class(train)
     _refuse_other_classes(train, evaluation)
@@ -108,6 +111,7 @@ def make_run(config: TrainConfig) -> TrainingRun:
     )
     if not config.resume and config.version in registry.list_versions(config.registry, config.name):
         raise ConfigError(f"version: {config.name}/{config.version} is published already; choose a new one")
+    _refuse_missing_exporters(config)
     if config.batch_size > run.num_images:
         raise ConfigError(
             f"batch_size: expected at most the {run.num_images} images of the set, got {config.batch_size}"
@@ -144,6 +148,14 @@ def read_run(uri: str) -> TrainingRun | None:
         return None
     except ValidationError as error:
         raise ConfigError(f"{_run_uri(uri)}: not a training run of this version:\n{describe(error)}") from error
+
+
+def _refuse_missing_exporters(config: TrainConfig) -> None:
+    """Days of training shall not end in an ImportError."""
+    needed = ("onnxscript", "onnxruntime") if "onnx" in config.export else ()
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"export: onnx needs {' and '.join(missing)}: install them, or leave it out")
 
 
 def _resolve_start(config: TrainConfig) -> str | None:

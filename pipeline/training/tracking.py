@@ -4,14 +4,19 @@
 MLFLOW_TRACKING_URI               in the environment: the same figures there too; needs the package mlflow
 """
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.training.run import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 _TRAINING = ("loss", "top1", "learning_rate", "images_per_s", "data_wait_share")
 _EVALUATION = ("evaluation_top1", "evaluation_top5", "evaluation_loss")
@@ -38,8 +43,9 @@ class Tracker:
         self._writer.close()
         self._upload()
         self._folder.cleanup()
-        if self._mlflow is not None:
-            self._mlflow.end_run("FINISHED" if kind is None else "FAILED")
+        with _not_worth_a_training():
+            if self._mlflow is not None:
+                self._mlflow.end_run("FINISHED" if kind is None else "FAILED")
 
     def update(self, told: dict[str, Any]) -> None:
         """Rank 0 looked, or the network was evaluated."""
@@ -48,15 +54,26 @@ class Tracker:
         for name, value in figures.items():
             tag = name.replace("evaluation_", "evaluation/") if name in _EVALUATION else f"training/{name}"
             self._writer.add_scalar(tag, value, step)
-        if self._mlflow is not None:
-            self._mlflow.log_metrics(figures, step=step)
+        with _not_worth_a_training():
+            if self._mlflow is not None:
+                self._mlflow.log_metrics(figures, step=step)
         if "evaluated_at" in told:
             self._writer.flush()
             self._upload()
 
     def _upload(self) -> None:
-        for path in Path(self._folder.name).iterdir():
-            storage.write(storage.join(self._uri, path.name), path.read_bytes())
+        with _not_worth_a_training():
+            for path in Path(self._folder.name).iterdir():
+                storage.write(storage.join(self._uri, path.name), path.read_bytes())
+
+
+@contextmanager
+def _not_worth_a_training() -> Iterator[None]:
+    """Whatever telling the outside fails of is logged, and training goes on."""
+    try:
+        yield
+    except Exception:
+        logger.warning("the training's figures could not be told", exc_info=True)
 
 
 def _start_mlflow(run: TrainingRun) -> Any:

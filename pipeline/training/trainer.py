@@ -7,8 +7,12 @@ Checkpoints are the run's own objects, not Ray's: a name never resumes by accide
 group that is started again goes on from the last one.
 """
 
+import logging
+import math
+import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +26,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import Node
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError, PipelineError, RunError, StorageError
+from pipeline.errors import AccessDeniedError, ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.5
+_BEGIN_WITHIN_S = 50.0
+_END_WITHIN_S = 30.0
 _STOP_WITHIN_S = 60.0
 
 T = TypeVar("T")
@@ -58,7 +66,7 @@ def choose_workers(
     Raises ConfigError where not even the fewest fit, saying what was asked and what there is: Ray would wait for ever.
     """
     num_gpus = sum(node.gpus for node in nodes)
-    asked = list(num_workers or [num_gpus if use_gpu else 1])
+    asked = list(num_workers or [min(num_gpus, num_lanes or num_gpus) if use_gpu else 1])
     fewest, most = asked[0], asked[-1]
     if not 1 <= fewest <= most or (num_lanes is not None and most > num_lanes):
         limit = "" if num_lanes is None else f", and at most data.num_lanes ({num_lanes})"
@@ -95,22 +103,23 @@ def run_workers(
 
     `observe` is called on this thread with what the ranks tell. An exception on this thread, a signal's too, asks the
     workers to stop and waits for that, `stop_within_s` at most. A rank's death starts all of them again, `max_failures`
-    times. Raises the PipelineError that all ranks raised alike, and RunError with what else a rank failed of.
+    times, unless it failed of what starting again would not change: that PipelineError is raised, as RunError is with
+    whatever else a rank failed of.
     """
     bulletin = _on_this_node(Bulletin)
     outcome: list[BaseException | None] = []
-    fitting = partial(_fit, partial(_be_a_worker, work, bulletin, workers.cpus_per_worker), workers, name, max_failures)
-    thread = threading.Thread(target=lambda: outcome.append(_error_of(fitting)), name="ray-train", daemon=True)
-    thread.start()  # not on the main thread, where Ray Train would put in a signal handler of its own
-    try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            for status in ray.get(bulletin.take.remote()):
-                observe(status)
-    except BaseException:
-        bulletin.stop.remote()
-        thread.join(stop_within_s)
-        raise
+    # Ray's records of this attempt; nothing is resumed from them, and after a stop it may still be writing there
+    with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as folder:
+        being_workers = partial(_be_a_worker, work, bulletin, workers.cpus_per_worker)
+        fitting = partial(_fit, being_workers, workers, name, max_failures, folder)
+        thread = threading.Thread(target=lambda: outcome.append(_error_of(fitting)), name="ray-train", daemon=True)
+        thread.start()  # not on the main thread, where Ray Train would put in a signal handler of its own
+        try:
+            _follow(thread, bulletin, workers, observe)
+        except BaseException:
+            bulletin.stop.remote()
+            thread.join(stop_within_s)
+            raise
     if (error := outcome[0]) is not None:
         raise RunError(_cause(error)) from error
     failure, result = ray.get(bulletin.ended.remote())
@@ -119,17 +128,55 @@ def run_workers(
     return cast(T, result)
 
 
+def _follow(thread: threading.Thread, bulletin: Any, workers: Workers, observe: Callable[[Status], None]) -> None:
+    """Until the workers are done: tell what they tell, and where they do not begin or do not end, say so."""
+    start, failed_at = time.monotonic(), math.inf
+    is_waiting = True
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        told, has_begun, failure = ray.get(bulletin.take.remote())
+        for status in told:
+            observe(status)
+        now = time.monotonic()
+        if has_begun or not is_waiting:
+            is_waiting = False
+        elif now - start > _BEGIN_WITHIN_S:
+            is_waiting = False
+            logger.warning(_still_waiting(workers))
+        if failure is not None:
+            failed_at = min(failed_at, now)
+            if now - failed_at > _END_WITHIN_S:  # the other ranks wait for one that has given up
+                raise failure
+
+
+def _still_waiting(workers: Workers) -> str:
+    free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
+    each = f"{workers.cpus_per_worker} CPUs" + (" and a GPU" if workers.use_gpu else "")
+    return (
+        f"no worker has begun within {_BEGIN_WITHIN_S:.0f} s: {workers.fewest} of {each} each were asked for, the "
+        f"cluster has {free['CPU']:g} CPUs and {free['GPU']:g} GPUs free now. Waiting goes on; stop other jobs or ask for less"
+    )
+
+
 def _train(run_json: str, worker: Worker) -> None:
     run = TrainingRun.model_validate_json(run_json)
-    if run.device == "cuda" and run.config.compute.deterministic:
-        torch.use_deterministic_algorithms(True)
+    if run.device == "cuda":
+        _choose_kernels(run.config.compute.deterministic)
     train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(num_threads)  # Ray's actors begin with 1
     voice = _Voice(bulletin)
+    bulletin.begin.remote()
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
@@ -141,31 +188,30 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
     failure, result = None, None
     try:
         result = work(worker)
-    except StorageError:
-        raise  # one rank's, and perhaps passing
     except PipelineError as error:
+        if isinstance(error, StorageError) and not isinstance(error, AccessDeniedError):
+            raise  # perhaps it passes: start again
         failure = error
-    if worker.rank == 0:
+    if worker.rank == 0 or failure is not None:
         ray.get(bulletin.end.remote(failure, result))
 
 
-def _fit(work: Callable[[], None], workers: Workers, name: str, max_failures: int) -> None:
+def _fit(work: Callable[[], None], workers: Workers, name: str, max_failures: int, folder: str) -> None:
     most, fewest = workers.most, workers.fewest
-    with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
-        trainer = ray.train.torch.TorchTrainer(
-            work,
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=most if fewest == most else (fewest, most),
-                use_gpu=workers.use_gpu,
-                resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=folder,  # Ray's records of this attempt; nothing is resumed from them
-                failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            ),
-        )
-        trainer.fit()
+    trainer = ray.train.torch.TorchTrainer(
+        work,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=folder,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    trainer.fit()
 
 
 def _error_of(action: Callable[[], None]) -> BaseException | None:
@@ -209,7 +255,13 @@ def _fair_share(nodes: Sequence[Node], num_workers: int, use_gpu: bool) -> int:
 def _cause(error: BaseException) -> str:
     """What the first worker to fail raised; Ray Train keeps the exceptions by rank."""
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause: BaseException = getattr(failure, "_base_exc", failure)
-        return str(cause)
+    ours_first = sorted(failures.values(), key=lambda failure: not isinstance(_base(failure), PipelineError))
+    for failure in ours_first:
+        return str(_base(failure))
     return str(error)
+
+
+def _base(failure: BaseException) -> BaseException:
+    """The exception itself: Ray Train wraps what a worker raised."""
+    base: BaseException = getattr(failure, "_base_exc", failure)
+    return base

@@ -95,6 +95,7 @@ def test_a_net_that_fails_stops_those_beside_it_and_those_to_come(root, monkeypa
 def test_the_progress_is_that_of_all_nets():
     progress = TrainingProgress(num_steps=200, interval_s=60)
     told = Told(progress, {"plain-8": 100, "plain-14": 30}, 200)
+    assert progress.status()["step"] == 130
     told.update("plain-14", {"step": 40, "loss": 1.25, "top1": 0.5})
     told.update("plain-14", {"evaluation_top1": 0.4, "evaluated_at": 40})
     status = progress.status()
