@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
 from pipeline.training.counts import Outcome
-from pipeline.training.run import TrainingRun
+from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
 
 _MOST_ENTRIES = 4000  # of a whole run: points of a curve
@@ -62,6 +62,10 @@ class Logbook:
     def is_look_due(self, step: int) -> bool:
         """Whether the steps since the last look shall be summed up now."""
         return step % self._look_every == 0
+
+    def is_entry_due(self, since: int, until: int) -> bool:
+        """Whether a look at the steps after `since`, up to `until`, becomes a point of the curves."""
+        return is_passed(self._enter_every, since, until)
 
     def look(self) -> Notice:
         """Sum up over all ranks, tell the progress, and return what the outside asks for, the same on every rank.
@@ -141,7 +145,7 @@ class Logbook:
             "images_per_s": num_images / elapsed_s,
             "data_wait_share": all_wait_s / all_elapsed_s,
         }
-        if step.number // self._enter_every > (step.number - len(self._steps)) // self._enter_every:
+        if self.is_entry_due(step.number - len(self._steps), step.number):
             self.history.append(entry)
         left = (self._run.num_steps - step.number) * elapsed_s / len(self._steps)
         self._observe({**entry, "of": self._run.num_steps, "eta_s": round(left), "errors": int(self._num_failed)})

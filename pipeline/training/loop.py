@@ -29,7 +29,7 @@ from pipeline.training.ema import Ema
 from pipeline.training.evaluate import Setup, evaluate_together
 from pipeline.training.logbook import Logbook
 from pipeline.training.loss import Loss
-from pipeline.training.run import TrainingRun
+from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
 
 NUM_HARDEST = 24
@@ -301,7 +301,7 @@ def _is_evaluation_due(run: TrainingRun, step: int) -> bool:
 
 def _is_due(step: int, every: float | None) -> bool:
     """Whether a multiple of `every` was passed by this step."""
-    return every is not None and step // every > (step - 1) // every
+    return every is not None and is_passed(every, step - 1, step)
 
 
 def _replicated(network: Network, worker: Worker) -> nn.Module:

@@ -45,6 +45,11 @@ MAY_CHANGE: dict[str, Any] = {
 }
 
 
+def is_passed(every: float, since: int, until: int) -> bool:
+    """Whether the steps after `since`, up to `until`, pass a multiple of `every`."""
+    return until // every > since // every
+
+
 class TrainingRun(BaseModel):
     """A run as recorded."""
 

@@ -154,7 +154,8 @@ def _still_waiting(workers: Workers) -> str:
     each = f"{workers.cpus_per_worker} CPUs" + (" and a GPU" if workers.use_gpu else "")
     return (
         f"no worker has begun within {_BEGIN_WITHIN_S:.0f} s: {workers.fewest} of {each} each were asked for, the "
-        f"cluster has {free['CPU']:g} CPUs and {free['GPU']:g} GPUs free now. Waiting goes on; stop other jobs or ask for less"
+        f"cluster has {free['CPU']:g} CPUs and {free['GPU']:g} GPUs free now. Waiting goes on; stop other jobs or ask "
+        "for less"
     )
 
 

@@ -18,8 +18,6 @@ from pipeline.training.trainer import Workers
 from tests.training_worlds import make_sets, train_config
 from tests.worlds import run_job
 
-NETS = ("plain-8", "residual-8", "plain-14", "residual-14")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
@@ -123,8 +121,16 @@ def fields(root) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def summary(fields) -> dict[str, Any]:
-    return run_job("degradation", **fields)
+def plain(fields) -> dict[str, Any]:
+    return run_job("degradation", **fields, kinds=["plain"])
+
+
+@pytest.fixture(scope="module")
+def both(root, fields, plain) -> dict[str, Any]:
+    before = checkpoint_times(root)
+    summary = run_job("degradation", **fields)
+    assert before.items() <= checkpoint_times(root).items()
+    return summary
 
 
 def checkpoint_times(root: Path) -> dict[Path, int]:
@@ -133,38 +139,41 @@ def checkpoint_times(root: Path) -> dict[Path, int]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_plain_and_residual_nets_are_trained_and_drawn(root, summary):
-    assert tuple(summary["errors"]) == NETS
+def test_nets_are_trained_published_and_drawn(root, plain):
+    assert tuple(plain["errors"]) == ("plain-8", "plain-14")
     folder = root / "runs" / "degradation"
     assert ElementTree.parse(folder / "degradation.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    rows = [row.split("|")[1:-1] for row in (folder / "table.md").read_text().splitlines()[2:]]
-    told = [
-        [100 * error for name in NETS if name.endswith(f"-{depth}") for error in summary["errors"][name].values()]
-        for depth in (8, 14)
-    ]
-    assert [[float(cell) for cell in row] for row in rows] == [
-        [depth, *map(pytest.approx, errors)] for depth, errors in zip((8, 14), told, strict=True)
-    ]
     curves = json.loads((folder / "degradation.json").read_text())
-    assert {name: curve["step"][-1] for name, curve in curves.items()} == dict.fromkeys(NETS, 6)
-    assert {path.parent.name for path in (root / "runs").glob("*/report.html")} == {f"degradation-{n}" for n in NETS}
-    assert {path.name for path in (root / "registry").iterdir()} >= {f"shapes-{name}" for name in NETS}
+    assert {name: curve["step"][-1] for name, curve in curves.items()} == dict.fromkeys(plain["errors"], 6)
+    runs = {f"degradation-{name}" for name in plain["errors"]}
+    assert {path.parent.name for path in (root / "runs").glob("*/report.html")} == runs
+    assert {f"shapes-{name}" for name in plain["errors"]} <= {path.name for path in (root / "registry").iterdir()}
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_same_command_goes_on_with_what_was_cut_short_alone(root, fields, summary):
+def test_nets_can_be_added_and_finished_ones_are_left_alone(root, plain, both):
+    assert {name: both["errors"][name] for name in plain["errors"]} == plain["errors"]
+    rows = (root / "runs" / "degradation" / "table.md").read_text().splitlines()[2:]
+    told = [[both["errors"][f"{kind}-{depth}"] for kind in ("plain", "residual")] for depth in (8, 14)]
+    cells = [[f"{100 * errors[name]:.2f}" for errors in row for name in ("training", "test")] for row in told]
+    assert rows == [f"| {depth} | {' | '.join(row)} |" for depth, row in zip((8, 14), cells, strict=True)]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_same_command_goes_on_with_what_was_cut_short(root, fields, both):
     before = checkpoint_times(root)
     cut_short = root / "runs" / "degradation-plain-14" / "checkpoints" / "000000006.pt"
     cut_short.unlink()
     again = run_job("degradation", **fields)
     after = checkpoint_times(root)
     assert {path for path in after if before[path] != after[path]} == {cut_short}
-    assert again["errors"] == summary["errors"]
+    assert again["errors"] == both["errors"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_name_that_is_taken_is_refused_where_nothing_is_to_be_resumed(fields, summary):
+def test_a_name_that_is_taken_is_refused_where_nothing_is_to_be_resumed(fields, plain):
     refused = run_job("degradation", expected_code=2, **{**fields, "version": "2"}, resume="false")
     assert "degradation-plain-8' is there already" in refused["message"]

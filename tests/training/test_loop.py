@@ -26,6 +26,10 @@ AUGMENTED = {
 }
 
 
+# Other sums in other orders: without batch statistics and with small steps, differences stay rounding errors.
+GENTLE: dict[str, Any] = {"start": {"freeze": "norms"}, "optimizer": {"learning_rate": 0.01}}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("sets")
@@ -106,7 +110,10 @@ def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statis
     runs = [
         train_here(
             train_config(
-                root, run_id=f"parts-{parts}", start={"freeze": "norms"}, optimizer={"accumulation_steps": parts}
+                root,
+                run_id=f"parts-{parts}",
+                start={"freeze": "norms"},
+                optimizer={"learning_rate": 0.01, "accumulation_steps": parts},
             )
         )
         for parts in (1, 3)
@@ -132,7 +139,7 @@ def test_a_linear_probe_changes_its_head_alone(root):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
-    fields = {"start": {"freeze": "norms"}, "augment": {"crop": "pad", "size": 32, "random_erasing": 0.5}}
+    fields = {**GENTLE, "augment": {"crop": "pad", "size": 32, "random_erasing": 0.5}}
     alone = train_here(train_config(root, run_id=f"alone-{world_size}", **fields))
     together = make_run(train_config(root, run_id=f"together-{world_size}", **fields))
     _train_together(together, world_size)
@@ -148,7 +155,7 @@ def test_synchronised_norms_are_refused_where_torch_has_none(root):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks_at_the_very_next_sample(root):
-    fields = {"start": {"freeze": "norms"}}
+    fields = GENTLE
     undisturbed = train_here(train_config(root, run_id="one-rank", **fields))
     run = train_here(train_config(root, run_id="one-then-two", **fields), stopping_at(4))
     assert last_state(run)["step"] == 4
