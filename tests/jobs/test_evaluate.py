@@ -29,7 +29,6 @@ def evaluate(world: Path, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_accuracy_is_exactly_that_of_predict(world, tmp_path):
