@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -107,20 +108,18 @@ def run_workers(
     whatever else a rank failed of.
     """
     bulletin = _on_this_node(Bulletin)
-    outcome: list[BaseException | None] = []
     # Ray's records of this attempt; nothing is resumed from them, and after a stop it may still be writing there
     with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as folder:
         being_workers = partial(_be_a_worker, work, bulletin, workers.cpus_per_worker)
         fitting = partial(_fit, being_workers, workers, name, max_failures, folder)
-        thread = threading.Thread(target=lambda: outcome.append(_error_of(fitting)), name="ray-train", daemon=True)
-        thread.start()  # not on the main thread, where Ray Train would put in a signal handler of its own
+        fit = _in_a_thread(fitting)  # not on the main thread, where Ray Train would put in a signal handler of its own
         try:
-            _follow(thread, bulletin, workers, observe)
+            _follow(fit, bulletin, workers, observe)
         except BaseException:
             bulletin.stop.remote()
-            thread.join(stop_within_s)
+            futures.wait([fit], stop_within_s)
             raise
-    if (error := outcome[0]) is not None:
+    if (error := fit.exception()) is not None:
         raise RunError(_cause(error)) from error
     failure, result = ray.get(bulletin.ended.remote())
     if failure is not None:
@@ -128,12 +127,12 @@ def run_workers(
     return cast(T, result)
 
 
-def _follow(thread: threading.Thread, bulletin: Any, workers: Workers, observe: Callable[[Status], None]) -> None:
+def _follow(fit: futures.Future[None], bulletin: Any, workers: Workers, observe: Callable[[Status], None]) -> None:
     """Until the workers are done: tell what they tell, and where they do not begin or do not end, say so."""
     start, failed_at = time.monotonic(), math.inf
     is_waiting = True
-    while thread.is_alive():
-        thread.join(_POLL_S)
+    while not fit.done():
+        futures.wait([fit], _POLL_S)
         told, has_begun, failure = ray.get(bulletin.take.remote())
         for status in told:
             observe(status)
@@ -215,12 +214,23 @@ def _fit(work: Callable[[], None], workers: Workers, name: str, max_failures: in
     trainer.fit()
 
 
-def _error_of(action: Callable[[], None]) -> BaseException | None:
-    try:
-        action()
-    except BaseException as error:
-        return error
-    return None
+def _in_a_thread(action: Callable[[], None]) -> futures.Future[None]:
+    """`action` under way in a thread that keeps nobody from leaving.
+
+    A future to wait for, since a signal's exception in Thread.join makes CPython 3.11 take the thread for ended.
+    """
+    future: futures.Future[None] = futures.Future()
+
+    def act() -> None:
+        try:
+            action()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=act, name="ray-train", daemon=True).start()
+    return future
 
 
 class _Voice:
