@@ -62,14 +62,15 @@ def command(root: Path, run_id: str, **more: Any) -> list[str]:
     ]
 
 
-def start(root: Path, run_id: str, **more: Any) -> subprocess.Popen[str]:
-    with (root / f"{run_id}.log").open("ab") as log:
-        return subprocess.Popen(command(root, run_id, **more), stdout=subprocess.PIPE, stderr=log, text=True)
+def start(root: Path, run_id: str, **more: Any) -> subprocess.Popen[bytes]:
+    with (root / f"{run_id}.log").open("ab") as log, (root / f"{run_id}.out").open("wb") as out:
+        return subprocess.Popen(command(root, run_id, **more), stdout=out, stderr=log)
 
 
-def finish(root: Path, run_id: str, driver: subprocess.Popen[str]) -> dict[str, Any]:
-    stdout, _ = driver.communicate(timeout=400)
-    assert driver.returncode == 0, stdout + (root / f"{run_id}.log").read_text()[-4000:]
+def finish(root: Path, run_id: str, driver: subprocess.Popen[bytes], *, expected_code: int = 0) -> dict[str, Any]:
+    code = driver.wait(400)
+    stdout = (root / f"{run_id}.out").read_text()
+    assert code == expected_code, stdout + (root / f"{run_id}.log").read_text()[-4000:]
     summary: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return summary
 
@@ -84,7 +85,7 @@ def last_weights(root: Path, run_id: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def until_mid_epoch(root: Path, run_id: str, driver: subprocess.Popen[str], *, since: int) -> int:
+def until_mid_epoch(root: Path, run_id: str, driver: subprocess.Popen[bytes], *, since: int) -> int:
     """Until a checkpoint after step `since` is there, and some steps more were done; its step."""
     deadline = time.monotonic() + 300
     while driver.poll() is None and time.monotonic() < deadline:
@@ -136,8 +137,7 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(root, two_nodes, 
     monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
     began = time.monotonic()
     refused = start(root, "crowd", **{"compute.num_workers": 5})
-    stdout, _ = refused.communicate(timeout=120)
-    assert refused.returncode == 2
-    assert "5 workers of 1 CPUs each do not fit this cluster, 2 do" in json.loads(stdout)["message"]
+    message = finish(root, "crowd", refused, expected_code=2)["message"]
+    assert "5 workers of 1 CPUs each do not fit this cluster, 2 do" in message
     assert time.monotonic() - began < 60
     assert not (root / "runs/crowd").exists()
