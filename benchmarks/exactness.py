@@ -208,7 +208,7 @@ def compare_batches(
     plan: Plan, reference: nn.Module, preset: nn.Module, encoded: dict[str, bytes]
 ) -> Iterator[Compared]:
     """Each batch of the run as the Predictor answers it, beside the reference's answers."""
-    predictor = Predictor(plan.run)
+    predictor = Predictor(plan.run, plan.manifest)
     seen: list[Tensor] = []
 
     def note_logits(module: nn.Module, _: Any, outputs: Any) -> None:

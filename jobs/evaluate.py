@@ -14,13 +14,14 @@ from pydantic import Field
 
 from jobs import connected_ray, run_job
 from pipeline import storage
-from pipeline.cluster import Device, Node, choose_device
+from pipeline.cluster import Device, Node, choose_device, default_batch_size
 from pipeline.config import JobConfig, Section
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.data.training_set import refuse_other_classes
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
+from pipeline.models.precision import AskedPrecision
 from pipeline.training.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class EvaluateComputeConfig(Section):
     """Processes, one per GPU or group of CPUs. Unset: one per GPU, or one where there is none."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs of one; unset: a fair share of the smallest node."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of the forward pass; float32 is that of predict. auto: bfloat16 on GPUs that have it."""
+    precision: AskedPrecision = "float32"
+    """Of the forward pass; float32 is that of predict with the same. auto: bfloat16 on GPUs that have it."""
 
 
 class EvaluateConfig(JobConfig):
@@ -60,7 +61,7 @@ class EvaluateConfig(JobConfig):
     images: ReadLimits = ReadLimits()
     """How images are read."""
     batch_size: int | None = Field(None, ge=1)
-    """Images per forward pass; unset: 32 on CPUs, 256 on GPUs, as in predict."""
+    """Images per forward pass; unset: 16 on CPUs, 256 on GPUs, as in predict."""
     compute: EvaluateComputeConfig = EvaluateComputeConfig()
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
@@ -109,7 +110,7 @@ def _judge(
         preprocessing=bundle.preprocessing,
         protocol=config.protocol,
         images=config.images,
-        batch_size=config.batch_size or (256 if device == "cuda" else 32),
+        batch_size=config.batch_size or default_batch_size(device),
         keep_hardest=_NUM_HARDEST if config.output else 0,
     )
     work = partial(judge_bundle, bundle_uri, manifest.uri, setup, compute.precision)

@@ -25,3 +25,8 @@ def choose_device(nodes: Sequence[Node], asked: Literal["auto", "cpu", "cuda"]) 
     if asked == "auto":
         return "cuda" if has_gpus else "cpu"
     return asked
+
+
+def default_batch_size(device: Device) -> int:
+    """Images per forward pass: on a CPU few enough that a ResNet's maps stay near it, on a GPU enough to fill it."""
+    return 256 if device == "cuda" else 16

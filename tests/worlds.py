@@ -97,7 +97,7 @@ def run_without_ray(root: Path, **fields: Any) -> Run:
     plan = plan_of(root, **fields)
     run, manifest = plan.run, plan.manifest
     record_run(plan, config_of(root, **fields))
-    predictor = Predictor(run)
+    predictor = Predictor(run, manifest)
     for shard in plan.pending_shards():
         log = LoadLog()
         batches = load_shard(run, manifest, shard, predictor.preprocessings, num_threads=2, isolated=False, log=log)

@@ -3,11 +3,17 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import TypeAlias
 
 import torch
 
 from pipeline import storage
+from pipeline.data.images import IsolatedDecoder
+from pipeline.data.manifest import Manifest
+from pipeline.data.readers import ReadLimits, read_shard
+from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 
 Decode: TypeAlias = Callable[[bytes], torch.Tensor]
@@ -73,6 +79,21 @@ def load_batches(
             rows, images = [], []
     if rows:
         yield _stack(rows, images)
+
+
+def sample_pixels(
+    manifest: Manifest, limits: ReadLimits, preprocessing: Preprocessing, num_images: int
+) -> torch.Tensor:
+    """Up to `num_images` of the manifest's first images, preprocessed, for a network to be tried on: uint8 N×3×S×S."""
+    shard = next(manifest.shards())
+    images = manifest.images(shard).slice(0, 2 * num_images)  # some may be broken
+    encoded = read_shard(shard, images, allowed_roots=limits.allowed_roots, max_bytes=limits.max_bytes)
+    with IsolatedDecoder() as decoder:
+        decode = partial(decoder.decode, max_pixels=limits.max_pixels)
+        batches = load_batches(encoded, decode, [preprocessing.apply], batch_size=1, num_threads=1, log=LoadLog())
+        found = [batch.pixels[0] for batch in islice(batches, num_images)]
+    side = preprocessing.crop_size
+    return torch.cat(found) if found else torch.empty((0, 3, side, side), dtype=torch.uint8)
 
 
 def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> list[torch.Tensor] | ImageError:

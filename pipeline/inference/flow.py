@@ -186,7 +186,7 @@ class PredictFused:
 
         self._run, self._attempts = run, attempts
         self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
-        self._predictor = Predictor(run)
+        self._predictor = Predictor(run, self._manifest)
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.data.loader import LoadLog
@@ -232,7 +232,7 @@ class PredictSplit:
 
         self._run, self._attempts = run, attempts
         self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
-        self._predictor = Predictor(run)
+        self._predictor = Predictor(run, self._manifest)
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.inference.shard import DecodedShard, predict_shard

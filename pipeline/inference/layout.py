@@ -8,7 +8,7 @@ from pipeline.cluster import Device, Node, choose_device
 from pipeline.errors import ConfigError
 from pipeline.inference.plan import ComputeConfig
 
-_MOST_CPUS_PER_ACTOR = 4  # a ResNet's forward pass scales little beyond
+_MOST_CPUS_PER_ACTOR = 4  # a forward pass scales little beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,19 @@ def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int
 
 
 def _on_cpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
-    smallest = min((node.cpus for node in nodes if node.cpus), default=0)
     form = "fused" if compute.form == "auto" else compute.form
     total = sum(node.cpus for node in nodes)
-    size = compute.cpus_per_actor or max(1, min(smallest, _MOST_CPUS_PER_ACTOR, total - (form == "split")))
+    size = compute.cpus_per_actor or _cpus_to_a_shard(nodes, total - (form == "split"), num_shards)
     fitting = sum(node.cpus // size for node in nodes)
     if form == "split":
         fitting = _leaving_one_cpu(fitting, size, total)
     return Layout(form, "cpu", _num_actors(fitting, compute, num_shards, f"{size} CPUs each", nodes), size, 0)
+
+
+def _cpus_to_a_shard(nodes: Sequence[Node], total: int, num_shards: int) -> int:
+    """One, but where there are fewer shards than CPUs: two forward passes on a CPU each do more than one on both."""
+    smallest = min((node.cpus for node in nodes if node.cpus), default=0)
+    return max(1, min(total // max(1, num_shards), smallest, _MOST_CPUS_PER_ACTOR))
 
 
 def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:

@@ -45,7 +45,7 @@ def build_tables(run: Run, images: pa.Table, predictor: Predictor, outputs: Shar
     """The tables of a shard of `images` (manifest columns), rows in manifest order, an image's models side by side."""
     rows = np.concatenate(outputs.rows) if outputs.rows else np.empty(0, np.int64)
     assert len(rows) + len(outputs.errors) == images.num_rows
-    lineage = {**run.lineage, "software": predictor.software}
+    lineage = {**run.lineage, "software": predictor.software, "computed_in": predictor.computed_in}
     by_model = [[by_bundle[index] for by_bundle in outputs.by_batch] for index in range(len(predictor.bundles))]
     interleaved = np.arange(len(rows) * len(by_model)).reshape(len(by_model), len(rows)).T.ravel()
     predicted = images.take(pa.array(rows))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline import storage
-from pipeline.cluster import Device
+from pipeline.cluster import Device, default_batch_size
 from pipeline.config import JobConfig, Section, describe, refuse_change
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.readers import ReadLimits
@@ -17,7 +17,10 @@ from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
 from pipeline.inference.commit import committed_shard_ids, run_uri
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
+from pipeline.models.precision import AgreementLimits, AskedPrecision
 from pipeline.tables.schemas import TABLES, EmbeddingType, TableName
+
+_COMPILED_FROM_IMAGES = 5_000  # compiling takes half a minute, which as many are classified faster by
 
 
 class TablesConfig(Section):
@@ -61,12 +64,21 @@ class ComputeConfig(Section):
     """Device of the networks; auto takes GPUs where the cluster has any."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
+    precision: AskedPrecision = "auto"
+    """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
+    it, float32 elsewhere."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Run networks compiled ahead of time, kept beside the bundle and made on first use. auto: in runs of at least
+    5,000 images, and where it cannot be done or agrees too little with float32, not; always: fail then."""
+    agreement: AgreementLimits = AgreementLimits()
+    """With float32, below which a compiled network is not used."""
     batch_size: int | None = Field(None, ge=1)
-    """Images per forward pass; unset: 32 on CPUs, 256 on GPUs. A resumed run keeps the one it began with."""
+    """Images per forward pass; unset: 16 on CPUs, 256 on GPUs. A resumed run keeps the one it began with."""
     actors: int | None = Field(None, ge=1)
     """Number of actors; unset: as many as fit."""
     cpus_per_actor: int | None = Field(None, ge=1)
-    """CPUs of one actor; unset: the smallest node's, at most 4."""
+    """CPUs of one actor; unset: 1, or up to 4 where there are fewer shards than CPUs; on GPUs the CPUs there are to a
+    GPU, or none in the split form."""
 
 
 class PredictConfig(JobConfig):
@@ -122,6 +134,10 @@ class Run(BaseModel):
     tables: TablesConfig
     images: ImagesConfig
     device: Device
+    precision: AskedPrecision
+    """auto: found by the actors from the hardware they are on, and told in the tables' lineage."""
+    compile: Literal["auto", "always", "never"]
+    agreement: AgreementLimits
     batch_size: int
     num_threads: int
     """Of torch, per actor: sums are ordered by it, so it decides the last bits and stays for the whole run."""
@@ -229,6 +245,8 @@ def _describe_run(
             [[model.name, model.digest] for model in models],
             config.tables.model_dump(),
             config.images.max_pixels,
+            config.compute.precision,
+            config.compute.compile,
         ]
     )
     return Run(
@@ -242,9 +260,17 @@ def _describe_run(
         tables=config.tables,
         images=config.images,
         device=device,
-        batch_size=config.compute.batch_size or (256 if device == "cuda" else 32),
+        precision=config.compute.precision,
+        compile=_should_compile(config, manifest),
+        agreement=config.compute.agreement,
+        batch_size=config.compute.batch_size or default_batch_size(device),
         num_threads=num_threads,
     )
+
+
+def _should_compile(config: PredictConfig, manifest: Manifest) -> Literal["auto", "always", "never"]:
+    is_worth_it = manifest.num_images >= _COMPILED_FROM_IMAGES
+    return "never" if config.compute.compile == "auto" and not is_worth_it else config.compute.compile
 
 
 def _resolve_model(reference: str, registry_uri: str | None) -> Model:

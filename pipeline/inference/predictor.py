@@ -1,22 +1,33 @@
 """Networks on their device: pixels in, labels with scores and embeddings out."""
 
 import json
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from pipeline import storage
+from pipeline.data.loader import Batch, sample_pixels
+from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import BundleError
+from pipeline.errors import AccessDeniedError, BundleError
 from pipeline.inference.plan import Model, Run
+from pipeline.models import compiled
 from pipeline.models.bundle import Bundle, load_network
-from pipeline.models.precision import compute_repeatably
+from pipeline.models.precision import Precision, autocast_type, compute_repeatably, precisions
 
 FloatArray = npt.NDArray[np.floating]
+
+_BATCHES_ON_GPU = 2  # and as many again waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +49,38 @@ class ModelOutput:
         return ModelOutput(self.label_ids[keep], self.scores[keep], embeddings, self.is_finite[keep])
 
 
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """A batch behind the networks: its images' positions in the shard, an output per bundle, the seconds it took."""
+
+    rows: list[int]
+    outputs: list[ModelOutput]
+    seconds: float
+
+
 class Predictor:
-    """The networks of a run's bundles, in eval mode on one device; heavy, so built where it runs.
+    """The networks of a run's bundles on one device, compiled where the run says so; heavy, so built where it runs.
 
     `preprocessings` are the distinct ones among the bundles: a batch carries one pixel tensor for each, so that bundles
-    that agree share theirs. Raises BundleError.
+    that agree share theirs. A network that is compiled on first use is tried on images of the manifest. Raises
+    BundleError.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, manifest: Manifest) -> None:
         self.bundles = [_load_unchanged(model) for model in run.models]
         self.preprocessings = distinct_preprocessings(self.bundles)
         self._tables = run.tables
         self._device = torch.device(run.device)
+        self._streams = threading.local()
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
-        self._networks = [
-            load_network(model.uri).to(self._device).to(memory_format=torch.channels_last) for model in run.models
+        programs = [
+            choose_program(run, manifest, model.uri, bundle, self._device)
+            for model, bundle in zip(run.models, self.bundles, strict=True)
         ]
+        self.computed_in = json.dumps({model.name: how for model, (_, how) in zip(run.models, programs, strict=True)})
+        self._programs = [program for program, _ in programs]
 
     @property
     def software(self) -> str:
@@ -63,21 +88,49 @@ class Predictor:
         packages = ("image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow")
         return json.dumps({package: version(package) for package in packages})
 
+    @property
+    def uses_pinned_memory(self) -> bool:
+        """Whether batches in pinned memory reach the device faster."""
+        return self._device.type == "cuda"
+
+    def map(self, batches: Iterable[Batch]) -> Iterator[Predicted]:
+        """What the networks say of every batch, in order.
+
+        On a GPU several batches are under way, each on a stream of its own, so that copies and kernels overlap; on CPUs
+        one, for there are as many processes as CPUs.
+        """
+
+        def predict(batch: Batch) -> Predicted:
+            start = time.perf_counter()
+            outputs = self(batch.pixels)
+            return Predicted(batch.rows, outputs, time.perf_counter() - start)
+
+        if self._device.type == "cpu":
+            return map(predict, batches)
+        return storage.map_concurrently(predict, batches, _BATCHES_ON_GPU)
+
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[ModelOutput]:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""
         by_preprocessing = dict(zip((p.digest for p in self.preprocessings), pixels, strict=True))
-        with torch.inference_mode():
+        with torch.inference_mode(), self._stream():
             on_device = {
                 digest: batch.to(self._device, non_blocking=True, memory_format=torch.channels_last)
                 for digest, batch in by_preprocessing.items()
             }
             return [
-                self._predict(network, bundle.preprocessing, on_device[bundle.preprocessing.digest])
-                for network, bundle in zip(self._networks, self.bundles, strict=True)
+                self._output_of(*program(on_device[bundle.preprocessing.digest]))
+                for program, bundle in zip(self._programs, self.bundles, strict=True)
             ]
 
-    def _predict(self, network: torch.nn.Module, preprocessing: Preprocessing, batch: torch.Tensor) -> ModelOutput:
-        logits, pooled = network(preprocessing.normalise(batch))
+    def _stream(self) -> AbstractContextManager[Any]:
+        """This thread's stream of the GPU."""
+        if self._device.type == "cpu":
+            return nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream()
+        return torch.cuda.stream(self._streams.own)
+
+    def _output_of(self, logits: torch.Tensor, pooled: torch.Tensor) -> ModelOutput:
         scores, label_ids = logits.float().softmax(1).topk(min(self._tables.top_k, logits.shape[1]))
         embeddings = self._finish(pooled) if "embeddings" in self._tables.names else None
         is_finite = logits.isfinite().all(1).cpu().numpy()
@@ -105,3 +158,39 @@ def _load_unchanged(model: Model) -> Bundle:
 def distinct_preprocessings(bundles: Sequence[Bundle]) -> list[Preprocessing]:
     """The preprocessings of `bundles`, each once, in order of first use."""
     return list({bundle.preprocessing.digest: bundle.preprocessing for bundle in bundles}.values())
+
+
+def choose_program(
+    run: Run, manifest: Manifest, uri: str, bundle: Bundle, device: torch.device
+) -> tuple[compiled.Program, str]:
+    """How the bundle's network is run here, and that in words: compiled in the first precision that will do, or eager.
+
+    Raises BundleError where it must be compiled and cannot be.
+    """
+    samples = partial(sample_pixels, manifest, run.images, bundle.preprocessing, compiled.NUM_SAMPLES)
+    refusals = []
+    for precision in precisions(run.precision, device) if run.compile != "never" else ():
+        target = compiled.Target.here(bundle, device, precision, batch_size=run.batch_size, num_threads=run.num_threads)
+        try:
+            record = compiled.ensure(uri, target, samples, run.agreement)
+        except AccessDeniedError as error:
+            record = compiled.Record(target=target, refused=f"{error}; compile with jobs.compile, as one who may write")
+        if record.refused is None:
+            return compiled.load(uri, record), f"{precision}, compiled"
+        refusals.append(f"{precision}: {record.refused}")
+    if run.compile == "always":
+        raise BundleError(f"{uri} cannot be compiled here: " + "; ".join(refusals))
+    precision = "float32" if run.precision == "auto" else run.precision
+    return _eager(uri, bundle, device, precision), precision
+
+
+def _eager(uri: str, bundle: Bundle, device: torch.device, precision: Precision) -> compiled.Program:
+    network = load_network(uri).to(device).to(memory_format=torch.channels_last)
+    dtype = autocast_type(precision, device)
+
+    def run(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            outputs: tuple[torch.Tensor, torch.Tensor] = network(bundle.preprocessing.normalise(pixels))
+        return outputs
+
+    return run

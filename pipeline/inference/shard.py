@@ -140,10 +140,9 @@ def predict_shard(
     start = time.perf_counter()
     predict_s = 0.0
     outputs = ShardOutputs(log.errors)
-    for batch in batches:
-        batch_start = time.perf_counter()
-        outputs.add(batch.rows, predictor(batch.pixels))
-        predict_s += time.perf_counter() - batch_start
+    for predicted in predictor.map(batches):
+        outputs.add(predicted.rows, predicted.outputs)
+        predict_s += predicted.seconds
     write_start = time.perf_counter()
     tables = build_tables(run, manifest.images(shard), predictor, outputs)
     files = write_shard(run.output_uri, run.run_id, shard.shard_id, tables)

@@ -1,21 +1,65 @@
-"""What networks compute in: float32 that means float32, or autocast to bfloat16."""
+"""What networks compute in: float32 that means float32, or a type of 16 bits where the hardware has it.
 
-from typing import Literal, TypeAlias
+Torch is not needed to say it, only to do it.
+"""
 
-import torch
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+from pydantic import Field
+
+from pipeline.config import Section
+
+if TYPE_CHECKING:
+    import torch
+
+Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+AskedPrecision: TypeAlias = Precision | Literal["auto"]
+"""auto: found from the hardware."""
 
 
-def autocast_type(precision: Precision, device: torch.device) -> torch.dtype | None:
+class AgreementLimits(Section):
+    """The least agreement with the eager network in float32 with which a compiled one is used."""
+
+    min_top1: float = Field(0.9, ge=0, le=1)
+    """Share of the sample images whose best class must be float32's."""
+    min_cosine: float = Field(0.999, ge=-1, le=1)
+    """Mean cosine that the embeddings must have with float32's."""
+
+
+def dtype_of(precision: Precision) -> "torch.dtype":
+    """Torch's name of it."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def autocast_type(precision: AskedPrecision, device: "torch.device") -> "torch.dtype | None":
     """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if precision == "bfloat16" else None
+        precision = "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
+    return None if precision == "float32" else dtype_of(precision)
+
+
+def has_fast_bfloat16(device: "torch.device") -> bool:
+    """Whether the device has instructions that multiply bfloat16, faster than float32."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def precisions(asked: AskedPrecision, device: "torch.device") -> list[Precision]:
+    """What a compiled network may compute in on `device`, the fastest first."""
+    if asked != "auto":
+        return [asked]
+    return ["bfloat16", "float32"] if has_fast_bfloat16(device) else ["float32"]
 
 
 def compute_repeatably() -> None:
     """Have this process's GPU give the same bytes at every attempt, and float32 where float32 was asked for."""
+    import torch
+
     torch.backends.cudnn.benchmark = False  # the same kernels, hence the same bytes
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle, load_network
-from pipeline.models.precision import Precision, autocast_type, compute_repeatably
+from pipeline.models.precision import AskedPrecision, autocast_type, compute_repeatably
 from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
 from pipeline.tables import schemas
@@ -29,7 +29,9 @@ from pipeline.training.protocol import Protocol
 from pipeline.training.worker import Worker
 
 
-def judge_bundle(bundle_uri: str, manifest_uri: str, setup: Setup, precision: Precision, worker: Worker) -> Outcome:
+def judge_bundle(
+    bundle_uri: str, manifest_uri: str, setup: Setup, precision: AskedPrecision, worker: Worker
+) -> Outcome:
     """The work of one rank; its device, threads and what it computes in go over those of `setup`.
 
     In float32 a GPU computes as it does for `predict`. Raises as `evaluate`, and BundleError.
@@ -55,7 +57,7 @@ class Verdict:
     bundle_uri: str
     manifest: Manifest
     protocol: Protocol
-    precision: Precision
+    precision: AskedPrecision
     outcome: Outcome
 
     def summary(self) -> dict[str, Any]:

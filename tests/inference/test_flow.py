@@ -1,5 +1,6 @@
 """The Ray Data graph on a real two-CPU Ray."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.errors import RunError
 from pipeline.inference.flow import MAX_DEATHS, ShardAttempts, predict
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
+from pipeline.tables import open_table
 from tests.worlds import config_of, make_world, run_without_ray
 
 NODES = [Node(cpus=2)]
@@ -43,6 +45,18 @@ def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
         assert (summary["num_predicted"], summary["num_errors"]) == (27, 3)
         assert list(find_faults(read_run(summary["output"], form))) == []
         assert files_of(world, form) == files_of(world, "alone")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_compiled_run_writes_the_same_bytes_again_and_says_how_it_computed(world, local_ray):
+    for run_id in ("compiled", "again"):
+        summary = run(world, run_id=run_id, tables=TABLES, compute={"compile": "always", "precision": "bfloat16"})
+        assert (summary["status"], summary["num_predicted"]) == ("done", 27)
+        assert list(find_faults(read_run(summary["output"], run_id))) == []
+    assert files_of(world, "compiled") == files_of(world, "again")
+    metadata = open_table(str(world / "tables" / "predictions"), "compiled").schema.metadata
+    assert json.loads(metadata[b"computed_in"]) == {"tiny/1": "bfloat16, compiled"}
 
 
 @pytest.mark.ray

@@ -15,18 +15,16 @@ def test_one_cpu_is_enough_for_one_fused_actor():
     assert (layout.form, layout.device, layout.num_actors, layout.cpus_per_actor) == ("fused", "cpu", 1, 1)
 
 
-def test_a_large_node_is_shared_by_actors_of_four_cpus():
-    layout = choose_layout([Node(cpus=16)], AUTO, num_shards=100)
-    assert (layout.num_actors, layout.cpus_per_actor) == (4, 4)
+def test_every_cpu_has_an_actor_of_its_own():
+    layout = choose_layout([Node(cpus=2), Node(cpus=16)], AUTO, num_shards=100)
+    assert (layout.num_actors, layout.cpus_per_actor) == (18, 1)
 
 
-def test_the_smallest_node_sets_the_size_of_an_actor():
-    layout = choose_layout([Node(cpus=2), Node(cpus=8)], AUTO, num_shards=100)
-    assert (layout.num_actors, layout.cpus_per_actor) == (5, 2)
-
-
-def test_there_are_never_more_actors_than_shards():
-    assert choose_layout([Node(cpus=16)], AUTO, num_shards=2).num_actors == 2
+def test_fewer_shards_than_cpus_get_larger_actors_that_fit_the_smallest_node():
+    layout = choose_layout([Node(cpus=16)], AUTO, num_shards=2)
+    assert (layout.num_actors, layout.cpus_per_actor) == (2, 4)
+    layout = choose_layout([Node(cpus=2), Node(cpus=8)], AUTO, num_shards=3)
+    assert (layout.num_actors, layout.cpus_per_actor) == (3, 2)
 
 
 def test_the_split_form_leaves_a_cpu_to_decode():

@@ -97,7 +97,7 @@ def test_lineage_names_bundles_preprocessing_manifest_and_software(world):
 
 def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
     plan = plan_of(world, compute={"batch_size": 3})
-    predictor = Predictor(plan.run)
+    predictor = Predictor(plan.run, plan.manifest)
     shard = next(plan.pending_shards())
     log = LoadLog()
     options = {"num_threads": 2, "isolated": False, "log": log}
@@ -113,9 +113,9 @@ def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
 
 def test_a_network_that_answers_nan_makes_error_rows(world, monkeypatch):
     plan = plan_of(world, run_id="nan")
-    predictor = Predictor(plan.run)
-    for network in predictor._networks:
-        torch.nn.init.constant_(network.head.bias, float("nan"))
+    predictor = Predictor(plan.run, plan.manifest)
+    nan = torch.full((plan.run.batch_size, 8), float("nan"))
+    monkeypatch.setattr(predictor, "_programs", [lambda pixels: (nan[: len(pixels)], nan[: len(pixels)])])
     shard = next(plan.pending_shards())
     batch = Batch(list(range(shard.num_images)), [torch.zeros(shard.num_images, 3, 32, 32, dtype=torch.uint8)])
     receipt = predict_shard(plan.run, plan.manifest, shard, [batch], predictor, log=LoadLog())

@@ -1,0 +1,106 @@
+"""Compile a bundle's network ahead of time for the cluster's devices, into the registry beside it.
+
+python -m jobs.compile --registry URI --bundle NAME
+python -m jobs.compile --registry URI --bundle NAME --manifest URI --precision bfloat16
+
+`predict` does it by itself on first use; doing it before spares a scheduled run the wait, and shows the agreement with
+float32. What is compiled already for the same device, software, precision and batch size is left as it is.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+
+from jobs import connected_ray, run_job
+from pipeline import storage
+from pipeline.cluster import Device, Node, choose_device, default_batch_size
+from pipeline.config import JobConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.readers import ReadLimits
+from pipeline.errors import BundleError, ConfigError
+from pipeline.models import registry
+from pipeline.models.bundle import Bundle
+from pipeline.models.precision import AgreementLimits, AskedPrecision, precisions
+
+
+class CompileConfig(JobConfig):
+    """Compile a bundle's network ahead of time for the cluster's devices, into the registry beside it."""
+
+    bundle: str
+    """Bundle to compile: name, name/version or name@alias in the registry, or a bundle's URI."""
+    registry: str | None = None
+    """URI of the registry that names of bundles are looked up in."""
+    manifest: str | None = None
+    """URI of a manifest whose first images the agreement with float32 is measured on; unset: drawn ones."""
+    images: ReadLimits = ReadLimits()
+    """How those are read."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where the cluster has any."""
+    precision: AskedPrecision = "auto"
+    """What the network computes in; auto: bfloat16 where the device has instructions for it, float32 elsewhere."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per forward pass, as in predict; unset: 16 on CPUs, 256 on GPUs."""
+    cpus_per_actor: int = Field(1, ge=1)
+    """Threads of a forward pass on CPUs: those of predict's actors."""
+    agreement: AgreementLimits = AgreementLimits()
+    """With float32, below which it is refused."""
+
+
+def main(config: CompileConfig) -> dict[str, Any]:
+    """Compile the bundle that `config` names on a node that has the device, unless it is compiled already."""
+    uri = registry.resolve(config.registry, config.bundle)
+    Bundle.load(uri)
+    if config.manifest is not None:
+        Manifest.open(storage.normalise(config.manifest))
+    import ray
+
+    with connected_ray() as nodes:
+        device = choose_device(nodes, config.device)
+        _refuse_unfit(nodes, config.cpus_per_actor)
+        threads = {"env_vars": {"OMP_NUM_THREADS": str(config.cpus_per_actor)}}
+        options = {"num_cpus": config.cpus_per_actor, "num_gpus": int(device == "cuda"), "runtime_env": threads}
+        return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device)))
+
+
+def compile_here(config: CompileConfig, uri: str, device_type: Device) -> dict[str, Any]:
+    """Compile the bundle at `uri` for this process's machine. Raises BundleError where it agrees too little."""
+    import torch
+
+    from pipeline.data.loader import sample_pixels
+    from pipeline.models import compiled
+
+    device, bundle = torch.device(device_type), Bundle.load(uri)
+    torch.set_num_threads(config.cpus_per_actor)
+    samples = None
+    if config.manifest is not None:
+        manifest = Manifest.open(storage.normalise(config.manifest))
+        samples = partial(sample_pixels, manifest, config.images, bundle.preprocessing, compiled.NUM_SAMPLES)
+    precision = precisions(config.precision, device)[0]
+    target = compiled.Target.here(
+        bundle,
+        device,
+        precision,
+        batch_size=config.batch_size or default_batch_size(device_type),
+        num_threads=config.cpus_per_actor,
+    )
+    record = compiled.ensure(uri, target, samples, config.agreement)
+    if record.refused is not None:
+        raise BundleError(f"{uri} is not compiled in {precision}: {record.refused}")
+    return {
+        "status": "done",
+        "bundle": uri,
+        "package": compiled.package_uri(uri, target),
+        "agreement": None if record.agreement is None else record.agreement.model_dump(),
+        "compile_s": record.compile_s,
+        "target": target.model_dump(),
+    }
+
+
+def _refuse_unfit(nodes: list[Node], cpus: int) -> None:
+    if max(node.cpus for node in nodes) < cpus:
+        raise ConfigError(f"cpus_per_actor: expected at most the CPUs of a node, {nodes}, got {cpus}")
+
+
+if __name__ == "__main__":
+    run_job(CompileConfig, main)
