@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,7 +27,9 @@ from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
+from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
+from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Layout, choose_layout
 from pipeline.inference.plan import Model, Plan, PredictConfig, Run, make_plan, record_run
 from pipeline.inference.reconcile import reconcile
@@ -35,6 +38,7 @@ from pipeline.telemetry import RunProgress
 
 MAX_DEATHS = 3
 _COMMITS_IN_FLIGHT = 16
+_MOST_TASKS = 10_000  # Ray Data starts some hundred a second, and keeps some kilobytes of each
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
@@ -50,6 +54,10 @@ class ShardAttempts:
         self._begun[stage, shard_id] += 1
         return self._begun[stage, shard_id]
 
+    def end(self, stage: str, shard_id: int) -> None:
+        """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""
+        self._begun.pop((stage, shard_id), None)
+
 
 def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]) -> Summary:
     """One run from plan to summary, on a connected Ray of `nodes`; what earlier attempts committed is kept.
@@ -61,10 +69,14 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     plan = make_plan(config, manifest, models, device=layout.device, num_threads=max(1, layout.cpus_per_actor))
     if config.dry_run:
         return {"status": "dry run", **_describe(plan, layout)}
+    if config.plan:
+        estimate = estimate_run(plan, layout, nodes, config, run_shards).model_dump() if plan.num_pending else {}
+        return {"status": "estimated" if estimate else "was done", **_describe(plan, layout), **estimate}
     record_run(plan, config)
+    observed = Observed()
     images_per_s = commit_receipts(
         plan.run.uri,
-        run_shards(plan, layout),
+        observed.noting(run_shards(plan, layout)),
         num_images=manifest.num_images,
         num_done=manifest.num_images - sum(shard.num_images for shard in plan.pending_shards()),
         progress_interval_s=config.progress_interval_s,
@@ -80,6 +92,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         **totals.as_dict(),
         "images_per_s": images_per_s,
         "duration_s": round(duration_s, 1),
+        **outcome(plan, layout, nodes, config, observed, duration_s),
         "tables": tables,
     }
     storage.write(storage.join(plan.run.uri, "summary.json"), json.dumps(summary, indent=1).encode())
@@ -148,11 +161,10 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
 
 
 def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
-    """A dataset of one row, and one block, for each shard: `shard_of` reads it back."""
+    """A dataset of one row for each shard: `shard_of` reads it back. A task takes one, of very many shards several."""
     _configure_ray_data()
-    return ray.data.from_items(
-        [{"shard": json.dumps(asdict(shard))} for shard in shards], override_num_blocks=len(shards)
-    )
+    rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
+    return ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_TASKS))
 
 
 def receipts_of(dataset: ray.data.Dataset) -> Iterator[Receipt]:
@@ -192,19 +204,18 @@ class PredictFused:
         from pipeline.data.loader import LoadLog
         from pipeline.inference.shard import load_shard, predict_shard
 
-        shard = shard_of(rows)
-        attempt = begin_attempt(self._attempts, "all", shard)
-        log = LoadLog()
-        batches = load_shard(
-            self._run,
-            self._manifest,
-            shard,
-            self._predictor.preprocessings,
-            num_threads=self._run.num_threads,
-            isolated=attempt > 1,
-            log=log,
-        )
-        receipt = predict_shard(self._run, self._manifest, shard, batches, self._predictor, log=log, attempt=attempt)
+        run, manifest, shard, log = self._run, self._manifest, shard_of(rows), LoadLog()
+        with attempting(self._attempts, "all", shard) as attempt:
+            batches = load_shard(
+                run,
+                manifest,
+                shard,
+                self._predictor.preprocessings,
+                num_threads=run.num_threads,
+                isolated=attempt > 1,
+                log=log,
+            )
+            receipt = predict_shard(run, manifest, shard, batches, self._predictor, log=log, attempt=attempt)
         return receipt_row(receipt)
 
 
@@ -215,13 +226,12 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     from pipeline.inference.shard import DecodedShard, load_shard
     from pipeline.models.bundle import Bundle
 
-    shard = shard_of(rows)
-    attempt = begin_attempt(attempts, "decode", shard)
-    log = LoadLog()
+    shard, log = shard_of(rows), LoadLog()
     preprocessings = distinct_preprocessings([Bundle.load(model.uri) for model in run.models])
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
-    batches = load_shard(run, manifest, shard, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
-    return DecodedShard.gather(shard, attempt, list(batches), preprocessings, log).to_row()
+    with attempting(attempts, "decode", shard) as attempt:
+        batches = load_shard(run, manifest, shard, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
+        return DecodedShard.gather(shard, attempt, list(batches), preprocessings, log).to_row()
 
 
 class PredictSplit:
@@ -238,16 +248,16 @@ class PredictSplit:
         from pipeline.inference.shard import DecodedShard, predict_shard
 
         decoded = DecodedShard.from_row(rows)
-        begin_attempt(self._attempts, "predict", decoded.shard)
-        receipt = predict_shard(
-            self._run,
-            self._manifest,
-            decoded.shard,
-            decoded.batches(self._run.batch_size),
-            self._predictor,
-            log=decoded.log,
-            attempt=decoded.attempt,
-        )
+        with attempting(self._attempts, "predict", decoded.shard):
+            receipt = predict_shard(
+                self._run,
+                self._manifest,
+                decoded.shard,
+                decoded.batches(self._run.batch_size),
+                self._predictor,
+                log=decoded.log,
+                attempt=decoded.attempt,
+            )
         return receipt_row(receipt)
 
 
@@ -265,8 +275,9 @@ def receipt_row(receipt: Receipt) -> Row:
     return {"receipt": np.array([replace(receipt, node=here).to_json()], dtype=object)}
 
 
-def begin_attempt(attempts: Any, stage: str, shard: Shard) -> int:
-    """The number of this attempt at a stage of the shard, from 1. Raises RunError after `MAX_DEATHS` of them."""
+@contextmanager
+def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
+    """Around a stage of the shard; the number of this attempt at it, from 1. Raises RunError after `MAX_DEATHS`."""
     attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
     if attempt > MAX_DEATHS:
         raise RunError(
@@ -274,7 +285,8 @@ def begin_attempt(attempts: Any, stage: str, shard: Shard) -> int:
             "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches or shards, "
             "fewer actors) or lost nodes, then run again"
         )
-    return attempt
+    yield attempt
+    attempts.end.remote(stage, shard.shard_id)
 
 
 def start_attempts() -> Any:

@@ -93,6 +93,21 @@ def test_attempts_at_a_shard_are_counted_from_one():
     assert attempts.begin("decode", 8) == attempts.begin("predict", 7) == 1
 
 
+def test_a_shard_that_was_done_is_not_to_blame_for_what_ends_its_task_later():
+    attempts = ShardAttempts()
+    for _ in range(5):
+        assert attempts.begin("all", 7) == 1
+        attempts.end("all", 7)
+
+
+@pytest.mark.ray
+def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
+    monkeypatch.setattr("pipeline.inference.flow._MOST_TASKS", 2)
+    summary = run(world, run_id="several")
+    assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
+    assert list(find_faults(read_run(summary["output"], "several"))) == []
+
+
 def test_the_driver_does_without_torch():
     imports = "import sys, jobs.predict, jobs.verify, pipeline.inference.flow; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0
