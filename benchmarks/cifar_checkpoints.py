@@ -1,10 +1,11 @@
 """Four published CIFAR-10 ResNets over 10,000 loose JPEGs in an object store, all in one pass: their test errors.
 
-    python -m benchmarks.cifar_checkpoints --data ../shared/data --store s3://bucket
+    python -m benchmarks.cifar_checkpoints --data ../shared/data --store s3://bucket [--precision bfloat16]
 
 DATA holds `cifar10-jpeg.tar.gz` and `cifar10-resnet-weights.tar`; the store is an empty prefix. Uploads, then runs the
 jobs as a user would, printing each command: manifest, import_model four times, one predict, verify. The errors come
-from the predictions table joined with the manifest's labels; exits 1 where one is further than TOLERANCE off.
+from the predictions table joined with the manifest's labels; exits 1 where one is further than TOLERANCE off. In
+float32 the networks run as they are, in bfloat16 compiled: what is lost by it is the difference.
 """
 
 import argparse
@@ -38,10 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two archives")
     parser.add_argument("--store", required=True, help="URI of an empty prefix")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     store = storage.normalise(arguments.store)
     seconds = {"upload": upload(arguments.data, store)}
-    summary = run_jobs(store, seconds)
+    summary = run_jobs(store, seconds, arguments.precision)
     errors = measure_errors(store, summary["run_id"])
     print("| bundle | test error | expected |\n|---|---|---|")
     for model, error in errors.items():
@@ -73,7 +75,7 @@ def members(archive: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
                 yield member.name.removeprefix(prefix), file.read()
 
 
-def run_jobs(store: str, seconds: dict[str, float]) -> dict[str, Any]:
+def run_jobs(store: str, seconds: dict[str, float], precision: str = "float32") -> dict[str, Any]:
     """Manifest, imports, one predict over all bundles, verify; predict's summary. Adds the `seconds` of each."""
     images, manifest, registry, tables = (
         storage.join(store, name) for name in ("images", "manifest", "registry", "tables")
@@ -85,7 +87,9 @@ def run_jobs(store: str, seconds: dict[str, float]) -> dict[str, Any]:
         import_checkpoint(registry, checkpoint.uri, depth, seconds)
     bundles = [text for model in EXPECTED_ERRORS for text in ("--bundles", model.partition("/")[0])]
     places = ("--manifest", manifest, "--registry", registry, "--output", tables)
-    summary = run_job("predict", seconds, *places, *bundles)
+    compiled = "never" if precision == "float32" else "always"
+    computed = ("--compute.precision", precision, "--compute.compile", compiled)
+    summary = run_job("predict", seconds, *places, *bundles, *computed)
     run_job("verify", seconds, "--output", tables, "--run_id", summary["run_id"])
     return summary
 

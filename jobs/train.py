@@ -11,6 +11,7 @@ from typing import Any
 from jobs import connected_ray, run_job
 from pipeline import storage
 from pipeline.cluster import choose_device
+from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import begin, make_run
 
@@ -48,6 +49,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
     duration_s = round(time.monotonic() - start, 1)
+    images_per_s, data_wait_share = (_median(last["history"], name) for name in ("images_per_s", "data_wait_share"))
     summary: dict[str, Any] = {
         "status": "done",
         "run_id": config.run_id,
@@ -59,8 +61,9 @@ def main(config: TrainConfig) -> dict[str, Any]:
         "num_steps": run.num_steps,
         "num_images": run.num_images,
         "num_errors": len(last["errors"]),
-        "images_per_s": _median(last["history"], "images_per_s"),
-        "data_wait_share": _median(last["history"], "data_wait_share"),
+        "images_per_s": images_per_s,
+        "data_wait_share": data_wait_share,
+        "verdict": verdict(images_per_s, data_wait_share),
         "device": device,
         "num_workers": workers.most,
         "duration_s": duration_s,
@@ -68,8 +71,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
     }
     facts = {
         "time": f"{duration_s} s",
-        "images/s": f"{summary['images_per_s']:,.0f}",
-        "data-wait": f"{100 * summary['data_wait_share']:.1f} %",
+        "images/s": f"{images_per_s:,.0f}",
+        "bound": summary["verdict"],
         "device": device,
         "workers": f"{workers.most} of {workers.cpus_per_worker} CPUs",
         "training images": run.num_images,

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs.benchmark import BenchmarkConfig
 from jobs.compile import CompileConfig
 from jobs.degradation import DegradationConfig
 from jobs.evaluate import EvaluateConfig
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 TYPES: dict[str, type[JobConfig]] = {
     "classify": PredictConfig,
     "embed": PredictConfig,
+    "benchmark": BenchmarkConfig,
     "compile": CompileConfig,
     "manifest": ManifestConfig,
     "pack": PackConfig,
@@ -59,6 +61,6 @@ def test_a_config_file_loads(name):
     load(TYPES[name], ["--config", str(FOLDER / f"{name}.yaml")])
 
 
-@pytest.mark.parametrize("name", ["classify", "embed", "compile", "evaluate"])
+@pytest.mark.parametrize("name", ["classify", "embed", "benchmark", "compile", "evaluate"])
 def test_the_configs_of_finished_weights_leave_no_field_out(name):
     assert missing_fields(TYPES[name], yaml.safe_load((FOLDER / f"{name}.yaml").read_text())) == []

@@ -46,11 +46,13 @@ _HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
-def decode(data: bytes, *, max_pixels: int) -> torch.Tensor:
+def decode(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
     """Decode one image to RGB, as `PIL.Image.convert("RGB")` would, turned upright by its EXIF orientation.
 
     Returns uint8 3×H×W, its memory in H×W×3 order. Transparency is dropped, not composited, as in torchvision's
     reference pipelines; animations give their first frame; 16-bit samples their high byte; ICC profiles are ignored.
+    With `shrink_to`, a JPEG comes at a half, a quarter or an eighth of its size as long as its shorter side stays at
+    least that.
 
     Raises ImageError at stage `decode`: `empty`, `not_an_image`, `too_many_pixels` and `no_pixels` (both before any
     pixel is decoded; beyond JPEG, Pillow's own limit of 179 megapixels holds too), `truncated`, `corrupt`,
@@ -61,7 +63,7 @@ def decode(data: bytes, *, max_pixels: int) -> torch.Tensor:
         raise _refusal("empty", "expected an encoded image, got no bytes")
     try:
         if data.startswith(b"\xff\xd8\xff"):
-            return _decode_jpeg(data, max_pixels)
+            return _decode_jpeg(data, max_pixels, shrink_to)
         return _decode_with_pillow(data, max_pixels)
     except ImageError:
         raise
@@ -69,19 +71,23 @@ def decode(data: bytes, *, max_pixels: int) -> torch.Tensor:
         raise _as_refusal(error) from error
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> torch.Tensor:
+def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> torch.Tensor:
     header = read_jpeg_header(data)
     _check_size(header.width, header.height, max_pixels)
     if header.num_components not in (1, 3):
         return _decode_with_pillow(data, max_pixels)  # CMYK and YCCK, which Adobe stores inverted
+    if shrink_to is not None and min(header.width, header.height) >= 2 * shrink_to:
+        return _decode_with_pillow(data, max_pixels, shrink_to)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a tensor cannot wrap read-only bytes
     return _upright(_torchvision_decode_jpeg(encoded, _RGB), header.orientation)
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> torch.Tensor:
+def _decode_with_pillow(data: bytes, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
     try:
         with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
             _check_size(image.width, image.height, max_pixels)
+            if shrink_to is not None:
+                image.draft("RGB", (shrink_to, shrink_to))  # the smallest of libjpeg's sizes with no side below that
             pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
             return _upright(pixels, _orientation(image))
     except Image.DecompressionBombError as error:
@@ -201,7 +207,7 @@ class IsolatedDecoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def decode(self, data: bytes, *, max_pixels: int) -> torch.Tensor:
+    def decode(self, data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
         """The same pixels and refusals as `decode`, and two more of these: `crashed` and `timed_out`.
 
         Raises RunError where no child can be started, which is not this image's fault.
@@ -209,7 +215,7 @@ class IsolatedDecoder:
         if self._child is None:
             self._start()
         try:
-            self._connection.send_bytes(str(max_pixels).encode())
+            self._connection.send_bytes(json.dumps({"max_pixels": max_pixels, "shrink_to": shrink_to}).encode())
             self._connection.send_bytes(data)
             reply = json.loads(self._connection.recv_bytes())
             pixels = self._connection.recv_bytes()
@@ -271,12 +277,12 @@ def _serve(connection: "multiprocessing.connection.Connection", timeout_s: float
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection.send_bytes(b"ready")
     while True:
-        max_pixels = int(connection.recv_bytes())
+        options = json.loads(connection.recv_bytes())
         data = connection.recv_bytes()
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
         reply: dict[str, object]
         try:
-            pixels = decode(data, max_pixels=max_pixels).permute(1, 2, 0).contiguous()
+            pixels = decode(data, **options).permute(1, 2, 0).contiguous()
             reply, payload = {"shape": pixels.shape}, pixels.view(-1).numpy().tobytes()
         except ImageError as error:
             reply, payload = {"error": error.error, "message": error.message}, b""

@@ -19,7 +19,8 @@ class Receipt:
     """What writing a shard returns.
 
     `num_predicted` + `num_errors` = `num_images`; `errors` counts them by `stage/error`; `seconds` by stage, plus
-    `total`; `attempt` is 1 unless earlier ones died; `node` is where it was done.
+    `total` and `cpu`, those of the CPUs that the process used meanwhile; `attempt` is 1 unless earlier ones died;
+    `node` is where it was done; `began_at` and `ended_at` are unix seconds.
     """
 
     shard_id: int
@@ -31,6 +32,8 @@ class Receipt:
     seconds: dict[str, float]
     attempt: int = 1
     node: str = ""
+    began_at: float = 0.0
+    ended_at: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -214,6 +214,7 @@ class PredictFused:
                 num_threads=run.num_threads,
                 isolated=attempt > 1,
                 log=log,
+                pin_memory=self._predictor.uses_pinned_memory,
             )
             receipt = predict_shard(run, manifest, shard, batches, self._predictor, log=log, attempt=attempt)
         return receipt_row(receipt)
@@ -253,7 +254,7 @@ class PredictSplit:
                 self._run,
                 self._manifest,
                 decoded.shard,
-                decoded.batches(self._run.batch_size),
+                decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory),
                 self._predictor,
                 log=decoded.log,
                 attempt=decoded.attempt,

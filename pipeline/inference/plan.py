@@ -48,6 +48,9 @@ class ImagesConfig(ReadLimits):
     accept_lost_shards: bool = False
     """Make error rows of a shard none of whose images can be fetched; else that stops the run: a folder that is not
     mounted or a key that was withdrawn looks just so."""
+    reduced_decode: bool = False
+    """Decode JPEGs whose shorter side is at least twice `resize_size` at a half, a quarter or an eighth, in the DCT:
+    several times faster on photos of many megapixels, with other rounding; RESULTS.md tells its effect."""
     max_storage_errors: int = Field(10, ge=0)
     """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
     gone on with when the store is back; fewer become rows of the errors table."""
@@ -81,6 +84,17 @@ class ComputeConfig(Section):
     GPU, or none in the split form."""
 
 
+class PricesConfig(Section):
+    """What the cluster costs, for estimates; 0 where it is not to be counted."""
+
+    per_cpu_hour: float = Field(0.0, ge=0)
+    """Of each CPU of the cluster, used or not."""
+    per_gpu_hour: float = Field(0.0, ge=0)
+    """Of each GPU of the cluster."""
+    currency: str = "USD"
+    """What prices are in."""
+
+
 class PredictConfig(JobConfig):
     """Classify and embed every image of a manifest, shard by shard, into Parquet tables; run it again to resume."""
 
@@ -102,6 +116,10 @@ class PredictConfig(JobConfig):
     """Where the work runs."""
     dry_run: bool = False
     """Print the plan and touch nothing."""
+    plan: bool = False
+    """Do a few shards for trial, write no table, and tell how long the run will take and what it will cost."""
+    prices: PricesConfig = PricesConfig()
+    """What the cluster costs."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 

@@ -51,11 +51,14 @@ class ModelOutput:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """A batch behind the networks: its images' positions in the shard, an output per bundle, the seconds it took."""
+    """A batch behind the networks: its images' positions in the shard, an output per bundle, when it went in and came
+    out, in seconds of `time.perf_counter`.
+    """
 
     rows: list[int]
     outputs: list[ModelOutput]
-    seconds: float
+    start: float
+    end: float
 
 
 class Predictor:
@@ -103,7 +106,7 @@ class Predictor:
         def predict(batch: Batch) -> Predicted:
             start = time.perf_counter()
             outputs = self(batch.pixels)
-            return Predicted(batch.rows, outputs, time.perf_counter() - start)
+            return Predicted(batch.rows, outputs, start, time.perf_counter())
 
         if self._device.type == "cpu":
             return map(predict, batches)

@@ -37,10 +37,18 @@ def load_shard(
     num_threads: int,
     isolated: bool,
     log: LoadLog,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of one shard's images, fetched, decoded and preprocessed `num_threads` at a time.
+    """Batches of one shard's images: `fetch_shard`, then `decode_batches`, overlapped. Raises StorageError."""
+    encoded = fetch_shard(run, manifest, shard)
+    return decode_batches(
+        run, encoded, preprocessings, num_threads=num_threads, isolated=isolated, log=log, pin_memory=pin_memory
+    )
 
-    `isolated` decodes each image in a child process, so that one that kills its decoder is named and harms no other.
+
+def fetch_shard(run: Run, manifest: Manifest, shard: Shard) -> Iterator[bytes | ImageError]:
+    """The encoded images of one shard, or why they cannot be had, in order.
+
     Raises StorageError where more images than the run allows are lost to a failing store, and where all of several are
     gone or denied.
     """
@@ -51,31 +59,52 @@ def load_shard(
         max_bytes=run.images.max_bytes,
         concurrency=run.images.fetch_concurrency,
     )
-    not_an_outage = refusing_outages(
+    return refusing_outages(
         encoded,
         shard,
         max_storage_errors=run.images.max_storage_errors,
         accept_lost_shards=run.images.accept_lost_shards,
     )
+
+
+def decode_batches(
+    run: Run,
+    encoded: Iterable[bytes | ImageError],
+    preprocessings: Sequence[Preprocessing],
+    *,
+    num_threads: int,
+    isolated: bool,
+    log: LoadLog,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Batches of a shard's encoded images, decoded and preprocessed `num_threads` at a time.
+
+    `isolated` decodes each image in a child process, so that one that kills its decoder is named and harms no other.
+    """
     with ExitStack() as stack:
         decode = image_data.decode
         if isolated:
             decode = stack.enter_context(image_data.IsolatedDecoder()).decode
         yield from load_batches(
-            not_an_outage,
-            partial(decode, max_pixels=run.images.max_pixels),
+            encoded,
+            partial(decode, max_pixels=run.images.max_pixels, shrink_to=_shrink_to(run, preprocessings)),
             [preprocessing.apply for preprocessing in preprocessings],
             batch_size=run.batch_size,
             num_threads=1 if isolated else num_threads,
             log=log,
+            pin_memory=pin_memory,
         )
+
+
+def _shrink_to(run: Run, preprocessings: Sequence[Preprocessing]) -> int | None:
+    return max(preprocessing.resize_size for preprocessing in preprocessings) if run.images.reduced_decode else None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedShard:
     """A shard between the two stages of the split form.
 
-    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×3×H×W per preprocessing.
+    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×H×W×3 per preprocessing.
     """
 
     shard: Shard
@@ -91,25 +120,26 @@ class DecodedShard:
         """One block per preprocessing out of the shard's batches."""
         rows = np.array([row for batch in batches for row in batch.rows], np.int64)
         pixels = [
-            np.concatenate([batch.pixels[index].numpy() for batch in batches])
+            np.concatenate([batch.pixels[index].permute(0, 2, 3, 1).numpy() for batch in batches])
             if batches
-            else np.empty((0, 3, preprocessing.crop_size, preprocessing.crop_size), np.uint8)
+            else np.empty((0, preprocessing.crop_size, preprocessing.crop_size, 3), np.uint8)
             for index, preprocessing in enumerate(preprocessings)
         ]
         return cls(shard, attempt, rows, pixels, log)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The batches that the fused form would have made."""
+    def batches(self, batch_size: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+        """The batches that the fused form would have made; copies, of a batch each: the store's pages are read-only."""
         for start in range(0, len(self.rows), batch_size):
             part = slice(start, start + batch_size)
-            # torch has no read-only tensors; the copy is one batch, and the store's pages stay untouched
-            yield Batch(self.rows[part].tolist(), [torch.from_numpy(pixels[part].copy()) for pixels in self.pixels])
+            pixels = [_copied(block[part], pin_memory).permute(0, 3, 1, 2) for block in self.pixels]
+            yield Batch(self.rows[part].tolist(), pixels)
 
     def to_row(self) -> dict[str, npt.NDArray[np.generic] | list[object]]:
         """As a Ray Data batch of one row; pixels stay one buffer that the next stage reads in place."""
         log = {
             "fetch_s": self.log.fetch_s,
             "decode_s": self.log.decode_s,
+            "began_at": self.log.began_at,
             "errors": {row: [error.stage, error.error, error.message] for row, error in self.log.errors.items()},
         }
         head = json.dumps({"shard": asdict(self.shard), "attempt": self.attempt, "log": log})
@@ -126,6 +156,12 @@ class DecodedShard:
         return cls(Shard(**head["shard"]), head["attempt"], rows, pixels, LoadLog(errors, **head["log"]))
 
 
+def _copied(block: npt.NDArray[np.uint8], pin_memory: bool) -> torch.Tensor:
+    copy = torch.empty(block.shape, dtype=torch.uint8, pin_memory=pin_memory)
+    np.copyto(copy.numpy(), block)
+    return copy
+
+
 def predict_shard(
     run: Run,
     manifest: Manifest,
@@ -137,12 +173,13 @@ def predict_shard(
     attempt: int = 1,
 ) -> Receipt:
     """Predict the batches, write the shard's table files, return the receipt. Raises StorageError."""
-    start = time.perf_counter()
-    predict_s = 0.0
+    start, cpu_start = time.perf_counter(), time.process_time()
+    predict_s, busy_until = 0.0, start
     outputs = ShardOutputs(log.errors)
     for predicted in predictor.map(batches):
         outputs.add(predicted.rows, predicted.outputs)
-        predict_s += predicted.seconds
+        predict_s += max(0.0, predicted.end - max(predicted.start, busy_until))  # of batches at once the time is one
+        busy_until = max(busy_until, predicted.end)
     write_start = time.perf_counter()
     tables = build_tables(run, manifest.images(shard), predictor, outputs)
     files = write_shard(run.output_uri, run.run_id, shard.shard_id, tables)
@@ -160,6 +197,9 @@ def predict_shard(
             "predict": round(predict_s, 4),
             "write": round(end - write_start, 4),
             "total": round(end - start, 4),
+            "cpu": round(time.process_time() - cpu_start, 4),
         },
         attempt=attempt,
+        began_at=round(log.began_at, 3),
+        ended_at=round(time.time(), 3),
     )

@@ -1,6 +1,7 @@
 """Writing objects whole, and removing them."""
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,8 @@ from uuid import uuid4
 import obstore
 
 from pipeline.errors import ObjectNotFoundError, StorageError
+from pipeline.storage.concurrency import map_concurrently
+from pipeline.storage.listing import list_objects
 from pipeline.storage.names import TEMPORARY_SUFFIX, split
 from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
 
@@ -41,6 +44,16 @@ def delete(uri: str) -> None:
             call_s3("delete_object", path)
         else:
             filesystem(scheme).rm_file(path)
+
+
+def delete_folder(uri: str) -> None:
+    """Remove every object below `uri`; none there is no error."""
+    scheme, path = split(uri)
+    if scheme == "file":
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    for _ in map_concurrently(delete, [info.uri for info in list_objects(uri)]):
+        pass
 
 
 def sweep_temporary_files(uri: str) -> None:

@@ -154,6 +154,18 @@ def test_a_ycck_jpeg_gets_the_colours_it_was_made_of() -> None:
     assert difference.abs().max() <= 6
 
 
+@pytest.mark.parametrize(("shrink_to", "size"), [(200, (100, 75)), (30, (50, 38)), (18, (25, 19))])
+def test_a_large_jpeg_is_decoded_at_a_fraction_that_stays_large_enough(shrink_to: int, size: tuple[int, int]) -> None:
+    data = encoded(picture(100, 75), "JPEG", quality=95)
+    reduced = decode(data, max_pixels=MAX_PIXELS, shrink_to=shrink_to)
+    assert tuple(reduced.shape) == (3, size[1], size[0])
+    whole = decode(data, max_pixels=MAX_PIXELS)[None].float()
+    resized = torch.nn.functional.interpolate(whole, reduced.shape[1:], mode="bilinear", antialias=True)[0]
+    assert (reduced - resized).abs().mean() < 4
+    with IsolatedDecoder() as decoder:
+        assert torch.equal(decoder.decode(data, max_pixels=MAX_PIXELS, shrink_to=shrink_to), reduced)
+
+
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     gray = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32
     wanted = torch.from_numpy((gray >> 8).astype(np.uint8)).expand(3, -1, -1)

@@ -79,6 +79,23 @@ def test_a_dry_run_touches_nothing(world):
 
 
 @pytest.mark.ray
+def test_an_estimate_writes_no_table_and_the_run_is_compared_with_it(world, local_ray):
+    prices = {"per_cpu_hour": 0.5, "currency": "EUR"}
+    estimate = run(world, run_id="tried", plan=True, prices=prices)
+    assert (estimate["status"], estimate["num_pending"], estimate["sample_images"]) == ("estimated", 4, 30)
+    assert list((world / "tables").glob("*/run_id=tried")) == []
+    assert [path.name for path in (world / "tables/_runs/tried").iterdir()] == ["estimate.json"]
+    summary = run(world, run_id="tried", prices=prices)
+    assert list(find_faults(read_run(summary["output"], "tried"))) == []
+    told = summary["estimate"]
+    assert (told["duration_s"], told["cost"]["currency"]) == (estimate["duration_s"], "EUR")
+    assert told["actual_to_estimated"]["duration"] == pytest.approx(
+        summary["duration_s"] / estimate["duration_s"], abs=0.1
+    )
+    assert 0 < summary["verdict"]["share"] <= 1
+
+
+@pytest.mark.ray
 def test_what_stops_a_worker_stops_the_run_with_its_reason(world, local_ray):
     blocked = world / "blocked"
     blocked.mkdir()

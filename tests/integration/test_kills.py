@@ -3,7 +3,7 @@
 Each kill strikes `python -m jobs.predict` on a cluster of two nodes at a random moment: SIGKILL of the driver, of an
 actor, of a raylet with its node, SIGTERM of the job. A run is started again until it ends by itself; then `jobs.verify`
 proves it and every table file is compared with an undisturbed run's. Runs follow one another until `KILLS`
-(environment; default 6) kills have struck.
+(environment; default 4) kills have struck.
 
     KILLS=60 python -m pytest -s tests/integration/test_kills.py
 """
@@ -77,7 +77,7 @@ def test_after_any_kills_a_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path,
     cluster = two_nodes
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     rng = random.Random(int(os.environ.get("KILLS_SEED", "0")))
-    num_kills = int(os.environ.get("KILLS", "6"))
+    num_kills = int(os.environ.get("KILLS", "4"))
     draw_set(tmp_path / "images", num_images=NUM_IMAGES, seed=3, num_broken=20)
     list_images(tmp_path / "images", tmp_path / "manifest", shard_size=SHARD_SIZE)
     make_bundle(tmp_path / "registry")

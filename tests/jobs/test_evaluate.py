@@ -66,16 +66,16 @@ def three_cpus() -> Iterator[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_one_two_and_three_workers_count_the_same(world, tmp_path, three_cpus):
+def test_one_and_three_workers_count_the_same(world, tmp_path, three_cpus):
     found = []
-    for num_workers in (1, 2, 3):
+    for num_workers in (1, 3):
         output = tmp_path / str(num_workers)
         summary = evaluate(world, env=three_cpus, output=output, compute__num_workers=num_workers)
         assert summary["num_workers"] == num_workers
         told = json.loads((output / "evaluation.json").read_text())
         assert told.pop("loss") == pytest.approx(summary["loss"])
         found.append((told, (output / "errors.parquet").read_bytes()))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert (found[0][0]["num_images"], found[0][0]["num_errors"]) == (27, 3)
 
 

@@ -55,3 +55,11 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         storage.write(f"file://{tmp_path}/taken", b"1")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(root: str) -> None:
+    for name in ("gone/a", "gone/deep/er", "gone-not"):
+        storage.write(storage.join(root, name), b"-")
+    for _ in range(2):
+        storage.delete_folder(storage.join(root, "gone"))
+    assert [info.uri for info in storage.list_objects(root)] == [storage.join(root, "gone-not")]

@@ -1,0 +1,140 @@
+"""Measure what bounds `predict` here: each stage alone on all CPUs or GPUs, and the whole, on the same images.
+
+python -m jobs.benchmark --config configs/benchmark.yaml
+python -m jobs.benchmark --manifest URI --registry URI --bundles NAME --output URI
+
+Nothing is left below the output. Networks that are compiled on first use are kept beside their bundles, as by predict.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from pydantic import Field
+
+from jobs import connected_ray, run_job
+from pipeline import storage
+from pipeline.cluster import Node
+from pipeline.config import JobConfig
+from pipeline.data.manifest import Shard
+from pipeline.inference.bound import STAGES, Stage, Timed, judge, measured_costs, pools_of, rate_of, workers_of
+from pipeline.inference.estimate import choose_sample, try_shards
+from pipeline.inference.layout import Layout, choose_layout
+from pipeline.inference.plan import (
+    ComputeConfig,
+    ImagesConfig,
+    PredictConfig,
+    Run,
+    TablesConfig,
+    make_plan,
+    resolve_inputs,
+)
+
+
+class BenchmarkConfig(JobConfig):
+    """Measure what bounds `predict` on this cluster and store, and how much of that it reaches."""
+
+    manifest: str
+    """URI of the manifest (made by jobs.manifest)."""
+    output: str
+    """URI of a place to write to for trial; all of it is removed again."""
+    bundles: list[str] = Field(min_length=1)
+    """Bundles, as in predict."""
+    registry: str | None = None
+    """URI of the registry that names of bundles are looked up in."""
+    num_images: int = Field(2000, ge=1)
+    """Images to measure on, in whole shards and as many to each worker; held in memory, 0.3 MB each."""
+    tables: TablesConfig = TablesConfig()
+    """Which tables, and how."""
+    images: ImagesConfig = ImagesConfig()
+    """How images are read."""
+    compute: ComputeConfig = ComputeConfig()
+    """Where the work runs."""
+    progress_interval_s: float = Field(5.0, gt=0)
+    """Seconds between progress lines where standard error is no terminal."""
+
+    def as_predict(self) -> PredictConfig:
+        """The run that is measured."""
+        return PredictConfig(**self.model_dump(exclude={"num_images"}), run_id="benchmark")
+
+
+def main(config: BenchmarkConfig) -> dict[str, Any]:
+    """Measure the stages, the whole, and the stages again; what bound it, and the share reached."""
+    scratch_uri = storage.join(storage.normalise(config.output), f"benchmark-{uuid4().hex[:12]}")
+    of_run = config.as_predict().model_copy(update={"output": scratch_uri})
+    manifest, models = resolve_inputs(of_run)
+    from pipeline.inference.flow import run_shards
+
+    with connected_ray() as nodes:
+        layout = choose_layout(nodes, config.compute, manifest.num_shards)
+        plan = make_plan(of_run, manifest, models, device=layout.device, num_threads=max(1, layout.cpus_per_actor))
+        workers = workers_of(layout, nodes)
+        rounds = math.ceil(config.num_images * manifest.num_shards / manifest.num_images / workers)
+        shards = choose_sample(plan, rounds * workers)
+        measure = partial(measure_stages, plan.run, layout, nodes, shards)
+        try:
+            before = measure()
+            trial = try_shards(plan, layout, shards, scratch_uri, run_shards, config.progress_interval_s)
+            after = measure()  # a machine that others use too changes meanwhile
+        finally:
+            storage.delete_folder(scratch_uri)
+    timed = {stage: before[stage] + after[stage] for stage in STAGES}
+    costs, observed = measured_costs(timed, layout), trial.observed
+    verdict = judge(costs, pools_of(layout, nodes), observed.images_per_s(workers))
+    return {
+        "status": "done",
+        "models": [model.name for model in models],
+        "layout": asdict(layout),
+        "num_images": observed.num_images,
+        "alone_images_per_s": {stage: round(rate_of(timed[stage]), 1) for stage in STAGES},
+        "seconds_by_stage": {stage: round(seconds, 1) for stage, seconds in observed.seconds.items()},
+        "cpu_s_per_image": {
+            **{stage: round(costs.of([stage]), 5) for stage in STAGES},
+            "whole": round(observed.seconds["cpu"] / observed.num_images, 5),
+        }
+        if (layout.form, layout.device) == ("fused", "cpu")
+        else None,
+        "verdict": verdict.as_dict(),
+    }
+
+
+def measure_stages(
+    run: Run, layout: Layout, nodes: Sequence[Node], shards: Sequence[Shard]
+) -> dict[Stage, list[list[Timed]]]:
+    """Each stage alone, by as many processes at once as do it in the run, of the same resources."""
+    actor = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
+    if layout.form == "fused" and layout.device == "cpu":
+        return _measure(run, shards, layout.num_actors, actor, STAGES)
+    num_cpus = pools_of(layout, nodes)[0].size
+    of_cpus = _measure(run, shards, num_cpus, {"num_cpus": 1}, ("fetch", "decode"))
+    return {**_measure(run, shards, layout.num_actors, actor, STAGES), **of_cpus}
+
+
+def _measure(
+    run: Run, shards: Sequence[Shard], num_processes: int, resources: dict[str, int], stages: Sequence[Stage]
+) -> dict[Stage, list[list[Timed]]]:
+    """A round of `stages`, one after the other: for each, what every process took of those that did it at once."""
+    import ray
+
+    from pipeline.inference.stages import Stages
+
+    has_networks = "predict" in stages
+    start = ray.remote(Stages).options(**resources).remote
+    parts = [shards[first::num_processes] for first in range(min(num_processes, len(shards)))]
+    processes = [start(run, part, with_networks=has_networks) for part in parts]
+    ray.get([process.__ray_ready__.remote() for process in processes])
+    timed: dict[Stage, list[list[Timed]]] = {}
+    for stage in stages:
+        if stage == "predict":
+            ray.get([process.warm_up.remote() for process in processes])
+        timed[stage] = [ray.get([getattr(process, stage).remote() for process in processes])]
+    for process in processes:
+        ray.kill(process)
+    return timed
+
+
+if __name__ == "__main__":
+    run_job(BenchmarkConfig, main)
