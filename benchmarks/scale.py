@@ -118,8 +118,12 @@ class NullFused:
             tables = build_tables(self._run, self._manifest.images(shard), self._predictor, outputs)
             files = write_shard(self._run.output_uri, self._run.run_id, shard.shard_id, tables)
         return flow.receipt_row(
-            Receipt(shard.shard_id, count, count, 0, {}, files, {"total": time.time() - start}, began_at=start)
+            Receipt(shard.shard_id, count, count, 0, {}, files, _seconds(start), began_at=start, ended_at=time.time())
         )
+
+
+def _seconds(start: float) -> dict[str, float]:
+    return {"fetch": 0.0, "decode": 0.0, "predict": 0.0, "write": time.time() - start, "total": time.time() - start}
 
 
 def config_of(folder: str) -> PredictConfig:

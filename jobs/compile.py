@@ -44,7 +44,7 @@ class CompileConfig(JobConfig):
     cpus_per_actor: int = Field(1, ge=1)
     """Threads of a forward pass on CPUs: those of predict's actors."""
     agreement: AgreementLimits = AgreementLimits()
-    """With float32, below which it is refused."""
+    """With float32, below which the job fails, and predict would not use it."""
 
 
 def main(config: CompileConfig) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def main(config: CompileConfig) -> dict[str, Any]:
 
     with connected_ray() as nodes:
         device = choose_device(nodes, config.device)
-        _refuse_unfit(nodes, config.cpus_per_actor)
+        _refuse_unfit([node for node in nodes if node.gpus or device == "cpu"], config.cpus_per_actor)
         threads = {"env_vars": {"OMP_NUM_THREADS": str(config.cpus_per_actor)}}
         options = {"num_cpus": config.cpus_per_actor, "num_gpus": int(device == "cuda"), "runtime_env": threads}
         return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device)))
@@ -68,30 +68,30 @@ def compile_here(config: CompileConfig, uri: str, device_type: Device) -> dict[s
     import torch
 
     from pipeline.data.loader import sample_pixels
-    from pipeline.models import compiled
+    from pipeline.models import compiled, compiler
 
     device, bundle = torch.device(device_type), Bundle.load(uri)
     torch.set_num_threads(config.cpus_per_actor)
     samples = None
     if config.manifest is not None:
         manifest = Manifest.open(storage.normalise(config.manifest))
-        samples = partial(sample_pixels, manifest, config.images, bundle.preprocessing, compiled.NUM_SAMPLES)
-    precision = precisions(config.precision, device)[0]
-    target = compiled.Target.here(
+        samples = partial(sample_pixels, manifest, config.images, bundle.preprocessing, compiler.NUM_SAMPLES)
+    target = compiler.target_here(
         bundle,
         device,
-        precision,
+        precisions(config.precision, device)[0],
         batch_size=config.batch_size or default_batch_size(device_type),
         num_threads=config.cpus_per_actor,
     )
-    record = compiled.ensure(uri, target, samples, config.agreement)
-    if record.refused is not None:
-        raise BundleError(f"{uri} is not compiled in {precision}: {record.refused}")
+    record = compiler.ensure(uri, target, samples)
+    fault = record.agreement.fault(config.agreement)
+    if fault is not None:
+        raise BundleError(f"{uri} is compiled in {target.precision}, but predict will not use it so: {fault}")
     return {
         "status": "done",
         "bundle": uri,
-        "package": compiled.package_uri(uri, target),
-        "agreement": None if record.agreement is None else record.agreement.model_dump(),
+        "package": compiled.package_uri(uri, record),
+        "agreement": record.agreement.model_dump(),
         "compile_s": record.compile_s,
         "target": target.model_dump(),
     }

@@ -104,6 +104,9 @@ class Verdict:
         }
 
 
+_SHORTEST_S = 1e-3  # the receipts' times are rounded to that
+
+
 class Observed:
     """What the receipts of an attempt tell of the work while it went on; its memory is 24 bytes to a shard."""
 
@@ -136,8 +139,8 @@ class Observed:
         start, stop = np.sort(began)[num_workers - 1], np.sort(ended)[-num_workers]
         if stop <= start:
             start, stop = began.min(), ended.max()
-        inside = np.minimum(ended, stop) - np.maximum(began, start)
-        return float((images * np.clip(inside / (ended - began), 0, 1)).sum() / (stop - start))
+        inside, lasted = np.minimum(ended, stop) - np.maximum(began, start), np.maximum(ended - began, _SHORTEST_S)
+        return float((images * np.clip(inside / lasted, 0, 1)).sum() / max(stop - start, _SHORTEST_S))
 
 
 def pools_of(layout: Layout, nodes: Sequence[Node]) -> list[Pool]:

@@ -3,12 +3,12 @@
 A trial does the work as the run would, all workers at once, and writes to a place of its own that is removed after it.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +20,7 @@ from pipeline.inference.bound import Observed, cpus_per_gpu, judge_run, observed
 from pipeline.inference.commit import Receipt
 from pipeline.inference.layout import Layout
 from pipeline.inference.plan import Plan, PredictConfig, PricesConfig
+from pipeline.models import compiled
 from pipeline.telemetry import RunProgress
 
 _SAMPLE_IMAGES = 256  # per worker, in whole shards: some seconds' work
@@ -88,7 +89,7 @@ def estimate_run(plan: Plan, layout: Layout, nodes: Sequence[Node], config: Pred
     workers = workers_of(layout, nodes)
     mean_images = sum(shard.num_images for shard in plan.pending_shards()) / plan.num_pending
     shards = choose_sample(plan, workers * math.ceil(_SAMPLE_IMAGES / mean_images))
-    scratch_uri = storage.join(plan.run.uri, "estimate")
+    scratch_uri = storage.join(plan.run.uri, f"estimate-{uuid4().hex[:12]}")
     trial = try_shards(plan, layout, shards, scratch_uri, work, config.progress_interval_s)
     observed, rate = trial.observed, trial.observed.images_per_s(workers)
     start_up_s = max(0.0, trial.duration_s - trial.compile_s - observed.working_s(workers))
@@ -144,9 +145,9 @@ def outcome(
     duration_s: float,
 ) -> dict[str, Any]:
     """For the summary: what bound the run, what it cost, and what had been foretold of it, where it was."""
-    if not observed.num_images:
-        return {}
-    verdict = judge_run(observed, layout, nodes)
+    verdict = judge_run(observed, layout, nodes) if observed.num_images else None
+    if verdict is None or not (0 < verdict.images_per_s < math.inf and 0 < verdict.bound_images_per_s < math.inf):
+        return {}  # nothing was done, or the nodes' clocks do not go together
     return {
         "verdict": verdict.as_dict(),
         "cost": Cost.of(duration_s, observed.num_images, nodes, config.prices).model_dump(),
@@ -174,10 +175,9 @@ def _compared(plan: Plan, layout: Layout, duration_s: float, images_per_s: float
 def _compilations(plan: Plan) -> dict[str, float]:
     """The records of the networks' compilations there are, and the seconds each took."""
     return {
-        info.uri: float(json.loads(storage.read(info.uri))["compile_s"])
+        compiled.record_uri(model.uri, record.target): record.compile_s
         for model in plan.run.models
-        for info in storage.list_objects(storage.join(model.uri, "compiled"))
-        if info.uri.endswith(".json")
+        for record in compiled.records(model.uri)
     }
 
 

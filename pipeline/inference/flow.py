@@ -10,6 +10,7 @@ kills its process is retried with isolated decoding, and given up by name after 
 import json
 import logging
 import re
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
+from pipeline.inference import networks
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
 from pipeline.inference.estimate import estimate_run, outcome
@@ -37,6 +39,7 @@ from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
 MAX_DEATHS = 3
+_MOST_BEGINNINGS = 10  # of a shard, done or not: what dies after a shard is done must not go on for ever either
 _COMMITS_IN_FLIGHT = 16
 _MOST_TASKS = 10_000  # Ray Data starts some hundred a second, and keeps some kilobytes of each
 Row = dict[str, Any]
@@ -48,15 +51,17 @@ class ShardAttempts:
 
     def __init__(self) -> None:
         self._begun: Counter[tuple[str, int]] = Counter()
+        self._done: Counter[tuple[str, int]] = Counter()
 
     def begin(self, stage: str, shard_id: int) -> int:
-        """The number of this attempt at a stage of the shard, from 1."""
-        self._begun[stage, shard_id] += 1
-        return self._begun[stage, shard_id]
+        """The number of this attempt at a stage of the shard, from 1, those not counted at which it was done."""
+        key = (stage, shard_id)
+        self._begun[key] += 1
+        return self._begun[key] - (self._done[key] if self._begun[key] <= _MOST_BEGINNINGS else 0)
 
     def end(self, stage: str, shard_id: int) -> None:
         """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""
-        self._begun.pop((stage, shard_id), None)
+        self._done[stage, shard_id] += 1
 
 
 def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]) -> Summary:
@@ -92,6 +97,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         **totals.as_dict(),
         "images_per_s": images_per_s,
         "duration_s": round(duration_s, 1),
+        "computed_in": networks.describe(plan.run),
         **outcome(plan, layout, nodes, config, observed, duration_s),
         "tables": tables,
     }
@@ -143,6 +149,8 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     shards = list(plan.pending_shards())
     if not shards:
         return
+    if networks.should_compile_first(plan.run):
+        compile_first(plan, layout)
     num_actors = min(layout.num_actors, len(shards))
     dataset = shard_dataset(shards)
     worker = {"run": plan.run, "attempts": start_attempts()}
@@ -158,6 +166,16 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors, initial_size=num_actors),
     )
     yield from receipts_of(dataset)
+
+
+def compile_first(plan: Plan, layout: Layout) -> None:
+    """Compile the run's networks in a task of an actor's size. Raises RunError where they must be and cannot be."""
+    print("compiling the networks, once for this kind of device", file=sys.stderr, flush=True)
+    options = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
+    try:
+        ray.get(ray.remote(networks.decide).options(**options).remote(plan.run, plan.manifest))
+    except ray.exceptions.RayError as error:
+        raise RunError(_cause(error)) from error
 
 
 def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:

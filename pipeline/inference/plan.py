@@ -69,10 +69,11 @@ class ComputeConfig(Section):
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
     precision: AskedPrecision = "auto"
     """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
-    it, float32 elsewhere."""
+    it, float32 elsewhere. Name one where the outputs of several runs are compared, as embeddings are."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Run networks compiled ahead of time, kept beside the bundle and made on first use. auto: in runs of at least
-    5,000 images, and where it cannot be done or agrees too little with float32, not; always: fail then."""
+    5,000 images with bundles from the registry, and where it cannot be done or agrees too little with float32, not;
+    always: fail then. What a run's first attempt found stays for all of it."""
     agreement: AgreementLimits = AgreementLimits()
     """With float32, below which a compiled network is not used."""
     batch_size: int | None = Field(None, ge=1)
@@ -107,7 +108,7 @@ class PredictConfig(JobConfig):
     registry: str | None = None
     """URI of the registry that names of bundles are looked up in."""
     run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Name of the run; unset: derived from manifest, bundles and tables, so that the same command is the same run."""
+    """Name of the run; unset: derived from what decides its tables, so that the same command is the same run."""
     tables: TablesConfig = TablesConfig()
     """Which tables, and how."""
     images: ImagesConfig = ImagesConfig()
@@ -152,10 +153,9 @@ class Run(BaseModel):
     tables: TablesConfig
     images: ImagesConfig
     device: Device
-    precision: AskedPrecision
-    """auto: found by the actors from the hardware they are on, and told in the tables' lineage."""
-    compile: Literal["auto", "always", "never"]
-    agreement: AgreementLimits
+    precision: AskedPrecision = "float32"  # the defaults are what runs did that were planned before there was a choice
+    compile: Literal["auto", "always", "never"] = "never"
+    agreement: AgreementLimits = AgreementLimits()
     batch_size: int
     num_threads: int
     """Of torch, per actor: sums are ordered by it, so it decides the last bits and stays for the whole run."""
@@ -212,7 +212,7 @@ def make_plan(
 ) -> Plan:
     """The plan of `config` on `device`: a new run's, or what an earlier attempt left over. Writes nothing.
 
-    A run keeps the number of torch threads it began with, whatever the cluster offers now.
+    A run keeps the number of torch threads it began with, whatever the cluster offers now, and how it computes.
 
     Raises ConfigError where the run exists with another config, naming the fields.
     """
@@ -220,9 +220,11 @@ def make_plan(
     earlier = _read_run(run.uri)
     if earlier is None:
         return Plan(run, manifest, committed=set())
-    kept = {"num_threads": earlier.num_threads}
+    kept: dict[str, Any] = {"num_threads": earlier.num_threads}
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
+    if config.compute.compile == config.compute.precision == "auto":
+        kept |= {"compile": earlier.compile, "precision": earlier.precision}
     run = run.model_copy(update=kept)
     _refuse_change(earlier, run)
     return Plan(run, manifest, committed_shard_ids(run.uri))
@@ -263,8 +265,7 @@ def _describe_run(
             [[model.name, model.digest] for model in models],
             config.tables.model_dump(),
             config.images.max_pixels,
-            config.compute.precision,
-            config.compute.compile,
+            *_unlike_default(config),
         ]
     )
     return Run(
@@ -279,16 +280,29 @@ def _describe_run(
         images=config.images,
         device=device,
         precision=config.compute.precision,
-        compile=_should_compile(config, manifest),
+        compile=_should_compile(config, manifest, models),
         agreement=config.compute.agreement,
         batch_size=config.compute.batch_size or default_batch_size(device),
         num_threads=num_threads,
     )
 
 
-def _should_compile(config: PredictConfig, manifest: Manifest) -> Literal["auto", "always", "never"]:
+def _unlike_default(config: PredictConfig) -> list[Any]:
+    """Other fields that decide the tables' bytes, where they are set; left out otherwise, as before there were any."""
+    default, compute = ComputeConfig(), config.compute
+    fields: list[tuple[Any, Any]] = [(compute.precision, default.precision), (compute.compile, default.compile)]
+    fields += [(compute.agreement.model_dump(), default.agreement.model_dump()), (config.images.reduced_decode, False)]
+    return [value for value, usual in fields if value != usual]
+
+
+def _should_compile(
+    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
+) -> Literal["auto", "always", "never"]:
+    """Unless asked for, only where it is worth it, and native code comes from the registry that the config trusts."""
+    registry_uri = None if config.registry is None else storage.normalise(config.registry)
+    is_trusted = registry_uri is not None and all(storage.is_under(model.uri, registry_uri) for model in models)
     is_worth_it = manifest.num_images >= _COMPILED_FROM_IMAGES
-    return "never" if config.compute.compile == "auto" and not is_worth_it else config.compute.compile
+    return "never" if config.compute.compile == "auto" and not (is_trusted and is_worth_it) else config.compute.compile
 
 
 def _resolve_model(reference: str, registry_uri: str | None) -> Model:

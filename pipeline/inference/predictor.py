@@ -4,9 +4,9 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import storage
-from pipeline.data.loader import Batch, sample_pixels
+from pipeline.data.loader import Batch
 from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import AccessDeniedError, BundleError
+from pipeline.errors import BundleError
+from pipeline.inference import networks
+from pipeline.inference.networks import Choice
 from pipeline.inference.plan import Model, Run
-from pipeline.models import compiled
 from pipeline.models.bundle import Bundle, load_network
-from pipeline.models.precision import Precision, autocast_type, compute_repeatably, precisions
+from pipeline.models.compiler import Program, load
+from pipeline.models.precision import Precision, autocast_type, compute_repeatably
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -75,15 +77,16 @@ class Predictor:
         self._tables = run.tables
         self._device = torch.device(run.device)
         self._streams = threading.local()
+        self._threads = ThreadPoolExecutor(_BATCHES_ON_GPU, thread_name_prefix="stream")  # started when first used
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
-        programs = [
-            choose_program(run, manifest, model.uri, bundle, self._device)
+        choices = networks.decide(run, manifest)
+        self.computed_in = json.dumps({name: str(choice) for name, choice in choices.items()})
+        self._programs = [
+            _program(run, manifest, model, bundle, choices[model.name], self._device)
             for model, bundle in zip(run.models, self.bundles, strict=True)
         ]
-        self.computed_in = json.dumps({model.name: how for model, (_, how) in zip(run.models, programs, strict=True)})
-        self._programs = [program for program, _ in programs]
 
     @property
     def software(self) -> str:
@@ -110,7 +113,7 @@ class Predictor:
 
         if self._device.type == "cpu":
             return map(predict, batches)
-        return storage.map_concurrently(predict, batches, _BATCHES_ON_GPU)
+        return storage.map_concurrently(predict, batches, _BATCHES_ON_GPU, pool=self._threads)
 
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[ModelOutput]:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""
@@ -163,31 +166,15 @@ def distinct_preprocessings(bundles: Sequence[Bundle]) -> list[Preprocessing]:
     return list({bundle.preprocessing.digest: bundle.preprocessing for bundle in bundles}.values())
 
 
-def choose_program(
-    run: Run, manifest: Manifest, uri: str, bundle: Bundle, device: torch.device
-) -> tuple[compiled.Program, str]:
-    """How the bundle's network is run here, and that in words: compiled in the first precision that will do, or eager.
-
-    Raises BundleError where it must be compiled and cannot be.
-    """
-    samples = partial(sample_pixels, manifest, run.images, bundle.preprocessing, compiled.NUM_SAMPLES)
-    refusals = []
-    for precision in precisions(run.precision, device) if run.compile != "never" else ():
-        target = compiled.Target.here(bundle, device, precision, batch_size=run.batch_size, num_threads=run.num_threads)
-        try:
-            record = compiled.ensure(uri, target, samples, run.agreement)
-        except AccessDeniedError as error:
-            record = compiled.Record(target=target, refused=f"{error}; compile with jobs.compile, as one who may write")
-        if record.refused is None:
-            return compiled.load(uri, record), f"{precision}, compiled"
-        refusals.append(f"{precision}: {record.refused}")
-    if run.compile == "always":
-        raise BundleError(f"{uri} cannot be compiled here: " + "; ".join(refusals))
-    precision = "float32" if run.precision == "auto" else run.precision
-    return _eager(uri, bundle, device, precision), precision
+def _program(
+    run: Run, manifest: Manifest, model: Model, bundle: Bundle, choice: Choice, device: torch.device
+) -> Program:
+    if choice.is_compiled:
+        return load(model.uri, networks.compiled_as_decided(run, manifest, model, choice))
+    return _eager(model.uri, bundle, device, choice.precision)
 
 
-def _eager(uri: str, bundle: Bundle, device: torch.device, precision: Precision) -> compiled.Program:
+def _eager(uri: str, bundle: Bundle, device: torch.device, precision: Precision) -> Program:
     network = load_network(uri).to(device).to(memory_format=torch.channels_last)
     dtype = autocast_type(precision, device)
 

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,22 +16,28 @@ _END = object()
 _ITEMS_AHEAD = 4  # of each source
 
 
-def map_concurrently(function: Callable[[T], R], items: Iterable[T], concurrency: int = 32) -> Iterator[R]:
+def map_concurrently(
+    function: Callable[[T], R], items: Iterable[T], concurrency: int = 32, *, pool: Executor | None = None
+) -> Iterator[R]:
     """`function` over `items` in `concurrency` threads, results in order, at most twice that many items ahead.
 
-    For requests that wait on a store. An exception is raised at its item's turn.
+    For requests that wait on a store, and for work that lets go of the interpreter; with `pool`, in its threads, which
+    outlive the iterator. An exception is raised at its item's turn.
     """
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="storage")
+    threads = pool or ThreadPoolExecutor(concurrency, thread_name_prefix="storage")
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(threads.submit(function, item))
             if len(pending) >= 2 * concurrency:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in pending:
+            future.cancel()
+        if pool is None:
+            threads.shutdown(wait=False)
 
 
 def chain_ahead(sources: Iterable[Callable[[], Iterator[T]]], concurrency: int) -> Iterator[T]:

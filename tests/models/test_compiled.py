@@ -1,22 +1,19 @@
 """Networks compiled ahead of time: found only where they fit, used only where they agree."""
 
 import json
-import threading
-import time
 
 import pytest
 import torch
 
 from pipeline import storage
 from pipeline.errors import BundleError
-from pipeline.models import compiled
+from pipeline.models import compiled, compiler
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.compiled import Agreement, Target
 from pipeline.models.precision import AgreementLimits
 from tests.worlds import make_bundle
 
 CPU = torch.device("cpu")
-LIMITS = AgreementLimits()
 
 
 @pytest.fixture
@@ -26,28 +23,27 @@ def bundle_uri(tmp_path):
 
 def target_of(uri: str, **fields) -> Target:
     options = {"precision": "float32", "batch_size": 4, "num_threads": 1, **fields}
-    return Target.here(Bundle.load(uri), CPU, **options)
+    return compiler.target_here(Bundle.load(uri), CPU, **options)
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The targets that a compiler was asked for which takes a moment and makes nothing."""
-    targets = []
+def packages(monkeypatch):
+    """What a compiler makes that makes nothing: a new package each time it is asked."""
+    made = []
 
     def compile_network(network, preprocessing, target):
-        targets.append(target)
-        time.sleep(0.2)
-        return b"package"
+        made.append(f"package {len(made)}".encode())
+        return made[-1]
 
-    monkeypatch.setattr(compiled, "compile_network", compile_network)
-    monkeypatch.setattr(compiled, "_open", lambda package, target: None)
-    monkeypatch.setattr(compiled, "measure_agreement", lambda *_: Agreement(num_images=8, top1=1, cosine=1))
-    return targets
+    monkeypatch.setattr(compiler, "compile_network", compile_network)
+    monkeypatch.setattr(compiler, "_open", lambda package, target: None)
+    monkeypatch.setattr(compiler, "measure_agreement", lambda *_: Agreement.of(8, 8, 8.0))
+    return made
 
 
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"batch_size": 5}, {"num_threads": 2}])
-def test_what_was_compiled_for_another_target_is_never_found(bundle_uri, asked, change):
-    compiled.ensure(bundle_uri, target_of(bundle_uri), None, LIMITS)
+def test_what_was_compiled_for_another_target_is_never_found(bundle_uri, packages, change):
+    compiler.ensure(bundle_uri, target_of(bundle_uri))
     assert compiled.find(bundle_uri, target_of(bundle_uri)) is not None
     assert compiled.find(bundle_uri, target_of(bundle_uri, **change)) is None
 
@@ -55,81 +51,99 @@ def test_what_was_compiled_for_another_target_is_never_found(bundle_uri, asked, 
 @pytest.mark.parametrize(
     "other", [{"software": {"torch": "1"}}, {"device_kind": {"cpu_name": "another"}}, {"bundle_digest": "0" * 64}]
 )
-def test_neither_is_what_other_software_hardware_or_weights_left(bundle_uri, asked, other):
+def test_neither_is_what_other_software_hardware_or_weights_left(bundle_uri, packages, other):
     here = target_of(bundle_uri)
-    compiled.ensure(bundle_uri, here.model_copy(update=other), None, LIMITS)
+    compiler.ensure(bundle_uri, here.model_copy(update=other))
     assert compiled.find(bundle_uri, here) is None
 
 
-def test_a_bundle_is_compiled_once_however_many_ask_at_once(bundle_uri, asked):
-    target, found = target_of(bundle_uri), []
-    threads = [
-        threading.Thread(target=lambda: found.append(compiled.ensure(bundle_uri, target, None, LIMITS)))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(asked) == 1
-    assert [record.refused for record in found] == [None] * 3
-    names = {info.uri.rpartition(".")[2] for info in storage.list_objects(storage.join(bundle_uri, "compiled"))}
-    assert names == {"json", "pt2"}
+def test_a_run_knows_whether_its_bundle_was_compiled_for_it(bundle_uri, packages):
+    digest = Bundle.load(bundle_uri).digest
+    assert not compiled.is_recorded(bundle_uri, digest, "cpu", batch_size=4, num_threads=1)
+    compiler.ensure(bundle_uri, target_of(bundle_uri))
+    assert compiled.is_recorded(bundle_uri, digest, "cpu", batch_size=4, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cpu", batch_size=5, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cuda", batch_size=4, num_threads=1)
 
 
-def test_a_claim_whose_owner_died_is_taken_over(bundle_uri, asked):
-    target = target_of(bundle_uri)
-    storage.write(storage.join(bundle_uri, "compiled", f"{target.key}.claim"), str(time.time() - 10_000).encode())
-    assert compiled.ensure(bundle_uri, target, None, LIMITS).refused is None
+def test_of_several_who_compile_at_once_the_first_to_end_is_right(bundle_uri, packages, monkeypatch):
+    target, done = target_of(bundle_uri), []
+
+    def compile_behind_anothers_back(*arguments):
+        if not done:
+            done.append(None)
+            done.append(compiler.ensure(bundle_uri, target))
+        return compile_network(*arguments)
+
+    compile_network = compiler.compile_network
+    monkeypatch.setattr(compiler, "compile_network", compile_behind_anothers_back)
+    assert compiler.ensure(bundle_uri, target) == done[1]
+    assert len(packages) == 2
+    compiler.load(bundle_uri, done[1])
 
 
-def test_what_agrees_too_little_is_refused_once_and_for_all(bundle_uri, asked, monkeypatch):
-    monkeypatch.setattr(compiled, "measure_agreement", lambda *_: Agreement(num_images=8, top1=0.5, cosine=1))
-    target = target_of(bundle_uri)
-    refusals = {compiled.ensure(bundle_uri, target, None, LIMITS).refused for _ in range(2)}
-    assert len(asked) == len(refusals) == 1
-    assert "top-1 agreement with float32 of at least 0.9" in str(refusals)
-    assert not storage.exists(compiled.package_uri(bundle_uri, target))
+def test_what_is_compiled_already_is_not_compiled_again(bundle_uri, packages):
+    records = [compiler.ensure(bundle_uri, target_of(bundle_uri)) for _ in range(3)]
+    assert records[0] == records[1] == records[2]
+    assert len(packages) == 1
 
 
-def test_a_compiler_that_fails_leaves_a_record_of_why(bundle_uri, monkeypatch):
+def test_a_compiler_that_fails_says_why_and_leaves_nothing(bundle_uri, monkeypatch):
     def fail(*_):
         raise RuntimeError("no C++ compiler\nand a traceback")
 
-    monkeypatch.setattr(compiled, "compile_network", fail)
-    assert compiled.ensure(bundle_uri, target_of(bundle_uri), None, LIMITS).refused == "RuntimeError: no C++ compiler"
+    monkeypatch.setattr(compiler, "compile_network", fail)
+    with pytest.raises(BundleError, match=r"does not compile here: RuntimeError: no C\+\+ compiler$"):
+        compiler.ensure(bundle_uri, target_of(bundle_uri))
+    assert list(storage.list_objects(storage.join(bundle_uri, "compiled"))) == []
 
 
-def test_an_altered_package_is_not_loaded(bundle_uri, asked):
-    target = target_of(bundle_uri)
-    record = compiled.ensure(bundle_uri, target, None, LIMITS)
-    storage.write(compiled.package_uri(bundle_uri, target), b"another")
+def test_a_registry_that_takes_no_writes_is_told(bundle_uri, packages):
+    storage.write(storage.join(bundle_uri, "compiled"), b"a file where a folder should be")
+    with pytest.raises(BundleError, match=r"run jobs\.compile as one who may write"):
+        compiler.ensure(bundle_uri, target_of(bundle_uri))
+
+
+def test_the_limits_are_those_of_who_uses_it():
+    agreement = Agreement.of(num_images=8, num_same=7, sum_of_cosines=7.99)
+    assert agreement.fault(AgreementLimits(min_top1=0.8, min_cosine=0.99)) is None
+    assert "top-1 agreement with float32 of at least 0.9" in str(agreement.fault(AgreementLimits(min_cosine=0.99)))
+    assert "a cosine of 0.9999" in str(agreement.fault(AgreementLimits(min_top1=0.8, min_cosine=0.9999)))
+
+
+def test_embeddings_that_are_no_numbers_agree_with_nothing():
+    agreement = Agreement.of(num_images=8, num_same=8, sum_of_cosines=float("nan"))
+    assert agreement == Agreement.model_validate_json(agreement.model_dump_json())
+    assert agreement.fault(AgreementLimits(min_cosine=0)) is not None
+
+
+def test_an_altered_package_is_not_loaded(bundle_uri, packages):
+    record = compiler.ensure(bundle_uri, target_of(bundle_uri))
+    storage.write(compiled.package_uri(bundle_uri, record), b"another")
     with pytest.raises(BundleError, match="was altered"):
-        compiled.load(bundle_uri, record)
+        compiler.load(bundle_uri, record)
 
 
 def test_a_damaged_record_is_named(bundle_uri):
     target = target_of(bundle_uri)
-    storage.write(storage.join(bundle_uri, "compiled", f"{target.key}.json"), json.dumps({"target": 1}).encode())
+    storage.write(compiled.record_uri(bundle_uri, target), json.dumps({"target": 1}).encode())
     with pytest.raises(BundleError, match=r"json is damaged: target"):
         compiled.find(bundle_uri, target)
 
 
 def test_drawn_samples_are_the_same_everywhere_and_unlike_each_other():
-    samples = compiled.draw_samples(32, 6)
-    assert torch.equal(samples, compiled.draw_samples(32, 6))
+    samples = compiler.draw_samples(32, 6)
+    assert torch.equal(samples, compiler.draw_samples(32, 6))
     assert len({int(sample.int().sum()) for sample in samples}) == 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_a_compiled_network_answers_as_the_eager_one_for_any_number_of_images(bundle_uri, precision, tolerance):
-    record = compiled.ensure(bundle_uri, target_of(bundle_uri, precision=precision), None, LIMITS)
-    assert record.refused is None
-    assert record.agreement is not None
+    record = compiler.ensure(bundle_uri, target_of(bundle_uri, precision=precision))
     assert record.agreement.cosine > 0.999
-    program, bundle, network = compiled.load(bundle_uri, record), Bundle.load(bundle_uri), load_network(bundle_uri)
-    pixels = compiled.draw_samples(32, 4)
+    program, bundle, network = compiler.load(bundle_uri, record), Bundle.load(bundle_uri), load_network(bundle_uri)
+    pixels = compiler.draw_samples(32, 4)
     with torch.inference_mode():
         expected = network(bundle.preprocessing.normalise(pixels))
         for num_images in (4, 1):

@@ -1,0 +1,128 @@
+"""How a run's networks are run: compiled or as they are, in which precision. Decided once, by the first who needs it,
+and kept as `<run>/networks.json`, so that every actor and every later attempt does the same.
+
+A run that compiles nothing needs no record: its precision is that of its plan.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from pipeline import storage
+from pipeline.data.manifest import Manifest
+from pipeline.errors import BundleError, ObjectExistsError, ObjectNotFoundError, RunError
+from pipeline.inference.plan import Model, Run
+from pipeline.models import compiled
+from pipeline.models.bundle import Bundle
+from pipeline.models.precision import Precision, precisions
+
+
+class Choice(BaseModel):
+    """How a network is run; `refused` says what better ways will not do, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: Precision
+    is_compiled: bool
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {'compiled' if self.is_compiled else 'eager'}"
+
+
+_CHOICES = TypeAdapter(dict[str, Choice])
+
+
+def choices(run: Run) -> dict[str, Choice] | None:
+    """What was decided, by model name; None where it is still to be. Raises StorageError."""
+    if run.compile == "never":
+        return {model.name: _eager(run) for model in run.models}
+    try:
+        return _CHOICES.validate_json(storage.read(_uri(run)))
+    except ObjectNotFoundError:
+        return None
+
+
+def decide(run: Run, manifest: Manifest) -> dict[str, Choice]:
+    """What was decided, or is now, for this machine; compiles what is not compiled yet.
+
+    Raises BundleError where a network must be compiled and cannot be, StorageError.
+    """
+    found = choices(run)
+    if found is not None:
+        return found
+    mine = {model.name: _choose(run, manifest, model) for model in run.models}
+    try:
+        storage.write(_uri(run), _CHOICES.dump_json(mine, indent=1), if_absent=True)
+    except ObjectExistsError:
+        return _CHOICES.validate_json(storage.read(_uri(run)))
+    return mine
+
+
+def describe(run: Run) -> dict[str, str]:
+    """How each network was run, for the summary, and why not better."""
+    return {name: "; not ".join([str(choice), *choice.refused]) for name, choice in (choices(run) or {}).items()}
+
+
+def should_compile_first(run: Run) -> bool:
+    """Whether a run is about to compile: that is one process's work, before the others are started."""
+    return choices(run) is None and not all(
+        compiled.is_recorded(
+            model.uri, model.digest, run.device, batch_size=run.batch_size, num_threads=run.num_threads
+        )
+        for model in run.models
+    )
+
+
+def record_of(run: Run, manifest: Manifest, model: Model, precision: Precision) -> compiled.Record:
+    """The record of the model, compiled for this machine, now where it is not yet. Raises BundleError, StorageError."""
+    import torch
+
+    from pipeline.data.loader import sample_pixels
+    from pipeline.models import compiler
+
+    bundle = Bundle.load(model.uri)
+    target = compiler.target_here(
+        bundle, torch.device(run.device), precision, batch_size=run.batch_size, num_threads=run.num_threads
+    )
+    samples = partial(sample_pixels, manifest, run.images, bundle.preprocessing, compiler.NUM_SAMPLES)
+    return compiler.ensure(model.uri, target, samples)
+
+
+def compiled_as_decided(run: Run, manifest: Manifest, model: Model, choice: Choice) -> compiled.Record:
+    """The record of a model that the run decided to run compiled. Raises RunError where this machine cannot."""
+    try:
+        record = record_of(run, manifest, model, choice.precision)
+        fault = record.agreement.fault(run.agreement)
+    except BundleError as error:
+        fault = str(error)
+    if fault is not None:
+        raise RunError(f"{model.name}: the run began with {choice}, and this node cannot do that: {fault}")
+    return record
+
+
+def _choose(run: Run, manifest: Manifest, model: Model) -> Choice:
+    import torch
+
+    refused: list[str] = []
+    for precision in precisions(run.precision, torch.device(run.device)):
+        try:
+            fault = record_of(run, manifest, model, precision).agreement.fault(run.agreement)
+        except BundleError as error:
+            fault = str(error)
+        if fault is None:
+            return Choice(precision=precision, is_compiled=True, refused=tuple(refused))
+        refused.append(f"{precision}, compiled: {fault}")
+    if run.compile == "always":
+        raise BundleError(f"{model.uri} must be compiled (compute.compile always) and cannot be: {'; '.join(refused)}")
+    return _eager(run, refused)
+
+
+def _eager(run: Run, refused: Sequence[str] = ()) -> Choice:
+    precision = "float32" if run.precision == "auto" else run.precision
+    return Choice(precision=precision, is_compiled=False, refused=tuple(refused))
+
+
+def _uri(run: Run) -> str:
+    return storage.join(run.uri, "networks.json")

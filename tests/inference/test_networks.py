@@ -1,0 +1,79 @@
+"""How a run's networks are run is decided once, for all its actors and attempts."""
+
+import pytest
+
+from pipeline.errors import BundleError, RunError
+from pipeline.inference import networks
+from pipeline.inference.networks import Choice
+from pipeline.models import compiler
+from pipeline.models.compiled import Agreement
+from tests.worlds import make_world, plan_of
+
+
+@pytest.fixture
+def world(tmp_path):
+    make_world(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """A compiler that makes nothing, and what it is found to agree by, by precision."""
+    agreement = {"bfloat16": Agreement.of(8, 8, 8.0), "float32": Agreement.of(8, 8, 8.0)}
+    monkeypatch.setattr(compiler, "compile_network", lambda network, preprocessing, target: target.key.encode())
+    monkeypatch.setattr(compiler, "_open", lambda package, target: None)
+    monkeypatch.setattr(compiler, "measure_agreement", lambda *arguments: agreement[arguments[3].precision])
+    monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: True)
+    return agreement
+
+
+def decide(world, **compute) -> Choice:
+    plan = plan_of(world, run_id="run", compute=compute)
+    return networks.decide(plan.run, plan.manifest)["tiny/1"]
+
+
+def test_a_small_run_is_eager_in_float32_and_needs_no_record(world):
+    assert str(decide(world)) == "float32, eager"
+    assert not (world / "tables").exists()
+
+
+def test_a_compiled_run_computes_in_bfloat16_where_the_hardware_has_it(world, compiles):
+    assert decide(world, compile="always") == Choice(precision="bfloat16", is_compiled=True)
+
+
+def test_what_agrees_too_little_gives_way_to_float32(world, compiles):
+    compiles["bfloat16"] = Agreement.of(8, 4, 8.0)
+    choice = decide(world, compile="always")
+    assert (choice.precision, choice.is_compiled) == ("float32", True)
+    assert "bfloat16, compiled: expected a top-1 agreement" in choice.refused[0]
+
+
+def test_a_network_that_must_be_compiled_and_cannot_be_stops_the_run(world, compiles):
+    compiles |= {"bfloat16": Agreement.of(8, 4, 8.0), "float32": Agreement.of(8, 4, 8.0)}
+    with pytest.raises(BundleError, match=r"must be compiled .* and cannot be: bfloat16.*; float32"):
+        decide(world, compile="always")
+
+
+def test_what_the_first_decided_stays_whatever_could_be_had_later(world, compiles):
+    compiles |= {"bfloat16": Agreement.of(8, 4, 8.0)}
+    first = decide(world, compile="always")
+    compiles |= {"bfloat16": Agreement.of(8, 8, 8.0)}
+    assert decide(world, compile="always") == first
+
+
+def test_a_node_that_cannot_do_what_was_decided_stops_the_run(world, compiles, monkeypatch):
+    plan = plan_of(world, run_id="run", compute={"compile": "always"})
+    choice = networks.decide(plan.run, plan.manifest)["tiny/1"]
+    monkeypatch.setattr(compiler, "_kind_of", lambda device: {"cpu_name": "another"})
+    compiles |= {"bfloat16": Agreement.of(8, 4, 8.0)}
+    with pytest.raises(RunError, match="the run began with bfloat16, compiled, and this node cannot"):
+        networks.compiled_as_decided(plan.run, plan.manifest, plan.run.models[0], choice)
+
+
+def test_a_run_compiles_first_only_where_nothing_is_there_yet(world, compiles):
+    plan = plan_of(world, run_id="run", compute={"compile": "always"})
+    assert networks.should_compile_first(plan.run)
+    networks.decide(plan.run, plan.manifest)
+    assert not networks.should_compile_first(plan.run)
+    assert not networks.should_compile_first(plan_of(world, run_id="next", compute={"compile": "always"}).run)
+    assert not networks.should_compile_first(plan_of(world, run_id="small").run)
