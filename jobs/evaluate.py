@@ -3,7 +3,8 @@
 python -m jobs.evaluate --config configs/evaluate.yaml
 python -m jobs.evaluate --manifest URI --registry URI --bundle NAME --output URI --protocol.views ten_crop
 
-Every image counts once, whatever the number of workers; in float32 the answers are those of jobs.predict.
+Every image counts once, whatever the number of workers; in float32 the answers are those of jobs.predict that is not
+compiled and computes in float32.
 """
 
 import time
@@ -41,7 +42,7 @@ class EvaluateComputeConfig(Section):
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs of one; unset: a fair share of the smallest node."""
     precision: AskedPrecision = "float32"
-    """Of the forward pass; float32 is that of predict with the same. auto: bfloat16 on GPUs that have it."""
+    """Of the forward pass; float32 is that of predict in float32, not compiled. auto: bfloat16 on GPUs that have it."""
 
 
 class EvaluateConfig(JobConfig):

@@ -157,7 +157,7 @@ def pools_of(layout: Layout, nodes: Sequence[Node]) -> list[Pool]:
 def observed_costs(observed: Observed, layout: Layout) -> StageCosts:
     """What an image cost in a run, by its receipts; `fetch` is the waiting for bytes, which holds up its CPUs.
 
-    They are of the wall: stages that took turns on a CPU, and a store's answer to a write, count in full.
+    Decoding is told in seconds of CPUs; the others in those of the wall, so a store's answer to a write counts in full.
     """
     held = layout.cpus_per_actor if layout.form == "fused" else 1
     of_actor = layout.cpus_per_actor if layout.device == "cpu" else 1

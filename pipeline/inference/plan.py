@@ -49,8 +49,8 @@ class ImagesConfig(ReadLimits):
     """Make error rows of a shard none of whose images can be fetched; else that stops the run: a folder that is not
     mounted or a key that was withdrawn looks just so."""
     reduced_decode: bool = False
-    """Decode JPEGs whose shorter side is at least twice `resize_size` at a half, a quarter or an eighth, in the DCT:
-    several times faster on photos of many megapixels, with other rounding; RESULTS.md tells its effect."""
+    """Decode JPEGs whose shorter side is at least four times `resize_size` at a half, a quarter or an eighth, never
+    below twice that: up to three times faster on photos of many megapixels, pixels about one level of 255 off."""
     max_storage_errors: int = Field(10, ge=0)
     """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
     gone on with when the store is back; fewer become rows of the errors table."""

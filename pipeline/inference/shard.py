@@ -27,6 +27,8 @@ from pipeline.inference.plan import Run
 from pipeline.inference.predictor import Predictor
 from pipeline.tables.writing import write_shard
 
+_REDUCED_TO = 2  # times what is resized to: closer, and the resizing has little left to average over
+
 
 def load_shard(
     run: Run,
@@ -97,7 +99,9 @@ def decode_batches(
 
 
 def _shrink_to(run: Run, preprocessings: Sequence[Preprocessing]) -> int | None:
-    return max(preprocessing.resize_size for preprocessing in preprocessings) if run.images.reduced_decode else None
+    if not run.images.reduced_decode:
+        return None
+    return _REDUCED_TO * max(preprocessing.resize_size for preprocessing in preprocessings)
 
 
 @dataclass(frozen=True, slots=True)

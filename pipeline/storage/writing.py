@@ -50,7 +50,8 @@ def delete_folder(uri: str) -> None:
     """Remove every object below `uri`; none there is no error."""
     scheme, path = split(uri)
     if scheme == "file":
-        shutil.rmtree(path, ignore_errors=True)
+        with translated(uri), suppress(FileNotFoundError):
+            shutil.rmtree(path)
         return
     for _ in map_concurrently(delete, [info.uri for info in list_objects(uri)]):
         pass
