@@ -44,7 +44,8 @@ from pipeline.data.packed import WebDatasetSource
 from pipeline.data.sources import PrefixSource
 from pipeline.data.spool import Selection
 from pipeline.data.transforms import Preprocessing
-from pipeline.inference.plan import Plan, PredictConfig, make_plan, resolve_inputs
+from pipeline.inference.config import PredictConfig
+from pipeline.inference.plan import Plan, make_plan, resolve_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.shard import load_shard
 from pipeline.models.bundle import Architecture, pack

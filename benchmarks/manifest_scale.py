@@ -25,7 +25,8 @@ from pipeline.data.manifest import Manifest, Shard, write_manifest
 from pipeline.data.transforms import Preprocessing
 from pipeline.data.uri_table import TableSource
 from pipeline.inference.commit import Receipt, commit, read_receipts
-from pipeline.inference.plan import Plan, PredictConfig, make_plan, record_run, resolve_inputs
+from pipeline.inference.config import PredictConfig
+from pipeline.inference.plan import Plan, make_plan, record_run, resolve_inputs
 from pipeline.models import registry
 from pipeline.models.bundle import Architecture, pack
 

@@ -31,8 +31,9 @@ from pipeline.data.manifest import write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
 from pipeline.inference import flow
 from pipeline.inference.commit import Receipt
+from pipeline.inference.config import PredictConfig
 from pipeline.inference.outputs import ShardOutputs, build_tables
-from pipeline.inference.plan import PredictConfig, Run, make_plan, read_run, resolve_inputs
+from pipeline.inference.plan import Run, make_plan, read_run, resolve_inputs
 from pipeline.inference.predictor import ModelOutput
 from pipeline.inference.reconcile import find_faults
 from pipeline.models.bundle import Bundle

@@ -21,17 +21,10 @@ from pipeline.cluster import Node
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference.bound import STAGES, Stage, Timed, judge, measured_costs, pools_of, rate_of, workers_of
+from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.estimate import choose_sample, try_shards
 from pipeline.inference.layout import Layout, choose_layout
-from pipeline.inference.plan import (
-    ComputeConfig,
-    ImagesConfig,
-    PredictConfig,
-    Run,
-    TablesConfig,
-    make_plan,
-    resolve_inputs,
-)
+from pipeline.inference.plan import Run, make_plan, resolve_inputs
 
 
 class BenchmarkConfig(JobConfig):

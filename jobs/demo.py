@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import Preprocessing
-from pipeline.inference.plan import PredictConfig, TablesConfig
+from pipeline.inference.config import PredictConfig, TablesConfig
 from pipeline.models import registry
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import (

@@ -31,7 +31,7 @@ from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.shuffle import ShuffledSource
 from pipeline.errors import ConfigError, ObjectExistsError, ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
-from pipeline.inference.plan import ImagesConfig
+from pipeline.inference.config import ImagesConfig
 from pipeline.inference.reconcile import Totals, reconcile
 from pipeline.tables import writing
 

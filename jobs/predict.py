@@ -7,7 +7,8 @@ python -m jobs.predict --manifest URI --output URI --registry URI --bundles NAME
 from typing import Any
 
 from jobs import connected_ray, run_job
-from pipeline.inference.plan import PredictConfig, resolve_inputs
+from pipeline.inference.config import PredictConfig
+from pipeline.inference.plan import resolve_inputs
 
 
 def main(config: PredictConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ A config is a subclass of `JobConfig` with fields and nested `Section`s, each wi
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ def load(config_type: type[Config], argv: list[str]) -> Config:
     try:
         source: Any = CliSettingsSource(
             config_type,
-            cli_prog_name=f"python -m {config_type.__module__} [--config FILE]",
+            cli_prog_name=f"python -m {_job(config_type)} [--config FILE]",
             cli_parse_args=rest,
             cli_exit_on_error=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
@@ -77,6 +78,12 @@ def load(config_type: type[Config], argv: list[str]) -> Config:
         raise ConfigError(f"command line: {error}; --help lists every field") from error
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
+
+
+def _job(config_type: type[JobConfig]) -> str:
+    """The module that is being run, which need not be the config's."""
+    spec = sys.modules["__main__"].__spec__
+    return config_type.__module__ if spec is None else spec.name
 
 
 def describe(error: ValidationError) -> str:

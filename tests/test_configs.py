@@ -15,7 +15,7 @@ from jobs.import_model import ImportConfig
 from jobs.manifest import ManifestConfig
 from jobs.pack import PackConfig
 from pipeline.config import JobConfig, load
-from pipeline.inference.plan import PredictConfig
+from pipeline.inference.config import PredictConfig
 from pipeline.training.config import TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -11,7 +11,8 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest, write_manifest
 from pipeline.data.sources import PrefixSource
 from pipeline.inference.commit import commit
-from pipeline.inference.plan import Plan, PredictConfig, Run, make_plan, record_run, resolve_inputs
+from pipeline.inference.config import PredictConfig
+from pipeline.inference.plan import Plan, Run, make_plan, record_run, resolve_inputs
 
 
 class JobFailedError(AssertionError):

@@ -18,8 +18,9 @@ from pipeline.data.manifest import Shard
 from pipeline.errors import ObjectNotFoundError
 from pipeline.inference.bound import Observed, cpus_per_gpu, judge_run, observed_costs, pools_of, workers_of
 from pipeline.inference.commit import Receipt
+from pipeline.inference.config import PredictConfig, PricesConfig
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import Plan, PredictConfig, PricesConfig
+from pipeline.inference.plan import Plan
 from pipeline.models import compiled
 from pipeline.telemetry import RunProgress
 

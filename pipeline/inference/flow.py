@@ -31,9 +31,10 @@ from pipeline.errors import RunError
 from pipeline.inference import networks
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
+from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Layout, choose_layout
-from pipeline.inference.plan import Model, Plan, PredictConfig, Run, make_plan, record_run
+from pipeline.inference.plan import Model, Plan, Run, make_plan, record_run
 from pipeline.inference.reconcile import reconcile
 from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress

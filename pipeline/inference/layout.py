@@ -6,7 +6,7 @@ from typing import Literal
 
 from pipeline.cluster import Device, Node, choose_device
 from pipeline.errors import ConfigError
-from pipeline.inference.plan import ComputeConfig
+from pipeline.inference.config import ComputeConfig
 
 _MOST_CPUS_PER_ACTOR = 4  # a forward pass scales little beyond
 

@@ -6,123 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.cluster import Device, default_batch_size
-from pipeline.config import JobConfig, Section, describe, refuse_change
+from pipeline.config import describe, refuse_change
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.readers import ReadLimits
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
 from pipeline.inference.commit import committed_shard_ids, run_uri
+from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision
-from pipeline.tables.schemas import TABLES, EmbeddingType, TableName
+from pipeline.tables.schemas import TableName
 
 _COMPILED_FROM_IMAGES = 5_000  # compiling takes half a minute, which as many are classified faster by
-
-
-class TablesConfig(Section):
-    """Which tables a run writes, and how."""
-
-    names: list[Literal["predictions", "embeddings"]] = Field(["predictions"], min_length=1)
-    """Tables to write, any of predictions and embeddings; `errors` is always written."""
-
-    @field_validator("names")
-    @classmethod
-    def _each_once(cls, names: list[TableName]) -> list[TableName]:
-        return [name for name in TABLES if name in names]
-
-    top_k: int = Field(5, ge=1)
-    """How many classes with scores a prediction lists (fewer where the model has fewer)."""
-    embedding_type: EmbeddingType = "float32"
-    """Element type of the embeddings."""
-    l2_normalise: bool = False
-    """Scale each embedding to unit length."""
-
-
-class ImagesConfig(ReadLimits):
-    """How images are read."""
-
-    accept_lost_shards: bool = False
-    """Make error rows of a shard none of whose images can be fetched; else that stops the run: a folder that is not
-    mounted or a key that was withdrawn looks just so."""
-    reduced_decode: bool = False
-    """Decode JPEGs whose shorter side is at least four times `resize_size` at a half, a quarter or an eighth, never
-    below twice that: up to three times faster on photos of many megapixels, pixels about one level of 255 off."""
-    max_storage_errors: int = Field(10, ge=0)
-    """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
-    gone on with when the store is back; fewer become rows of the errors table."""
-
-    def deciding_fields(self) -> dict[str, Any]:
-        """Those that decide which images become rows of the errors table; how hard to fetch may change."""
-        return self.model_dump(exclude={"fetch_concurrency", "max_storage_errors", "accept_lost_shards"})
-
-
-class ComputeConfig(Section):
-    """Where the work runs; found from the cluster unless set."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the networks; auto takes GPUs where the cluster has any."""
-    form: Literal["auto", "fused", "split"] = "auto"
-    """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
-    precision: AskedPrecision = "auto"
-    """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
-    it, float32 elsewhere. Name one where the outputs of several runs are compared, as embeddings are."""
-    compile: Literal["auto", "always", "never"] = "auto"
-    """Run networks compiled ahead of time, kept beside the bundle and made on first use. auto: in runs of at least
-    5,000 images with bundles from the registry, and where it cannot be done or agrees too little with float32, not;
-    always: fail then. What a run's first attempt found stays for all of it."""
-    agreement: AgreementLimits = AgreementLimits()
-    """With float32, below which a compiled network is not used."""
-    batch_size: int | None = Field(None, ge=1)
-    """Images per forward pass; unset: 16 on CPUs, 256 on GPUs. A resumed run keeps the one it began with."""
-    actors: int | None = Field(None, ge=1)
-    """Number of actors; unset: as many as fit."""
-    cpus_per_actor: int | None = Field(None, ge=1)
-    """CPUs of one actor; unset: 1, or up to 4 where there are fewer shards than CPUs; on GPUs the CPUs there are to a
-    GPU, or none in the split form."""
-
-
-class PricesConfig(Section):
-    """What the cluster costs, for estimates; 0 where it is not to be counted."""
-
-    per_cpu_hour: float = Field(0.0, ge=0)
-    """Of each CPU of the cluster, used or not."""
-    per_gpu_hour: float = Field(0.0, ge=0)
-    """Of each GPU of the cluster."""
-    currency: str = "USD"
-    """What prices are in."""
-
-
-class PredictConfig(JobConfig):
-    """Classify and embed every image of a manifest, shard by shard, into Parquet tables; run it again to resume."""
-
-    manifest: str
-    """URI of the manifest (made by jobs.manifest)."""
-    output: str
-    """URI below which the tables and the run's records are written."""
-    bundles: list[str] = Field(min_length=1)
-    """Bundles, all in one pass over one decode: name, name/version or name@alias in the registry, or a bundle's URI."""
-    registry: str | None = None
-    """URI of the registry that names of bundles are looked up in."""
-    run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Name of the run; unset: derived from what decides its tables, so that the same command is the same run."""
-    tables: TablesConfig = TablesConfig()
-    """Which tables, and how."""
-    images: ImagesConfig = ImagesConfig()
-    """How images are read."""
-    compute: ComputeConfig = ComputeConfig()
-    """Where the work runs."""
-    dry_run: bool = False
-    """Print the plan and touch nothing."""
-    plan: bool = False
-    """Do a few shards for trial, write no table, and tell how long the run will take and what it will cost."""
-    prices: PricesConfig = PricesConfig()
-    """What the cluster costs."""
-    progress_interval_s: float = Field(5.0, gt=0)
-    """Seconds between progress lines where standard error is no terminal."""
 
 
 class Model(BaseModel):

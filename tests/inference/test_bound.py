@@ -20,8 +20,8 @@ from pipeline.inference.bound import (
     rate_of,
 )
 from pipeline.inference.commit import Receipt
+from pipeline.inference.config import ComputeConfig
 from pipeline.inference.layout import Layout, choose_layout
-from pipeline.inference.plan import ComputeConfig
 
 COSTS = StageCosts(fetch=0.0001, decode=0.002, predict=0.01, write=0.0001)
 FUSED = Layout("fused", "cpu", num_actors=2, cpus_per_actor=1, gpus_per_actor=0)

@@ -11,9 +11,10 @@ from pipeline.cluster import Node
 from pipeline.errors import RunError
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt
+from pipeline.inference.config import PricesConfig
 from pipeline.inference.estimate import Cost, choose_sample, estimate_run, outcome, try_shards
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import Plan, PricesConfig
+from pipeline.inference.plan import Plan
 from tests.worlds import config_of, list_images, make_bundle, plan_of
 
 LAYOUT = Layout("fused", "cpu", num_actors=2, cpus_per_actor=1, gpus_per_actor=0)

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from pipeline.cluster import Node, choose_device
 from pipeline.errors import ConfigError
+from pipeline.inference.config import ComputeConfig
 from pipeline.inference.layout import choose_layout
-from pipeline.inference.plan import ComputeConfig
 
 AUTO = ComputeConfig()
 

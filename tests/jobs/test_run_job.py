@@ -99,3 +99,8 @@ def test_a_signal_stops_the_job_cleanly(finish: Callable[..., Any], number: sign
     code, summary, _ = finish(stopped)
     assert (code, summary["status"], cleaned_up) == (1, "stopped", [True])
     assert number.name in summary["message"]
+
+
+def test_help_names_the_command_that_was_typed():
+    told = subprocess.run([sys.executable, "-m", "jobs.predict", "--help"], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("usage: python -m jobs.predict [--config FILE]")
