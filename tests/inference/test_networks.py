@@ -1,6 +1,7 @@
 """How a run's networks are run is decided once, for all its actors and attempts."""
 
 import pytest
+import torch
 
 from pipeline.errors import BundleError, RunError
 from pipeline.inference import networks
@@ -22,6 +23,7 @@ def compiles(monkeypatch):
     agreement = {"bfloat16": Agreement.of(8, 8, 8.0), "float32": Agreement.of(8, 8, 8.0)}
     monkeypatch.setattr(compiler, "compile_network", lambda network, preprocessing, target: target.key.encode())
     monkeypatch.setattr(compiler, "_open", lambda package, target: None)
+    monkeypatch.setattr("pipeline.data.loader.sample_pixels", lambda *arguments: torch.empty(0))
     monkeypatch.setattr(compiler, "measure_agreement", lambda *arguments: agreement[arguments[3].precision])
     monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: True)
     return agreement

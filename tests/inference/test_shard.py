@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.data.images import decode
-from pipeline.data.loader import Batch, LoadLog, load_batches
+from pipeline.data.loader import Batch, LoadLog, load_batches, sample_pixels
 from pipeline.data.manifest import Shard
+from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
 from pipeline.inference.predictor import Predictor
@@ -76,6 +77,15 @@ def test_embeddings_have_the_type_and_length_asked_for(world):
     norms = [np.linalg.norm(np.array(row["embedding"], np.float32)) for row in dataset.to_table().to_pylist()]
     np.testing.assert_allclose(norms, 1, atol=2e-3)
     assert not (world / "tables" / "predictions" / "run_id=unit").exists()
+
+
+def test_samples_are_good_images_from_all_over_the_manifest(world):
+    manifest, preprocessing = plan_of(world).manifest, Preprocessing(resize_size=32, crop_size=32)
+    samples = sample_pixels(manifest, ReadLimits(), preprocessing, 8)
+    assert (samples.dtype, samples.shape[1:]) == (torch.uint8, (3, 32, 32))
+    assert 4 <= len(samples) <= 8
+    first = preprocessing.apply(decode(storage.read(uris_of(plan_of(world))[0]), max_pixels=10**6))
+    assert torch.equal(samples[0], first)
 
 
 def test_writing_a_shard_twice_writes_the_same_bytes(world):
