@@ -80,8 +80,9 @@ def errors(output: Path) -> list[dict[str, Any]]:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    paths = [*output.glob("data/*"), *output.glob("errors/*")]
-    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+    """What readers see: the temporary file of a writer that was killed is none of it, and is swept an hour later."""
+    found = [info.uri for folder in ("data", "errors") for info in storage.list_objects(f"file://{output}/{folder}")]
+    return {uri.removeprefix(f"file://{output}/"): storage.read(uri) for uri in found}
 
 
 # --- what is packed --------------------------------------------------------------------------------------------------
