@@ -38,9 +38,10 @@ class AugmentConfig(Section):
 
     crop: Literal["random_resized", "pad", "scale", "center"] = "random_resized"
     """random_resized: an area of `scale` and an aspect of `ratio`, resized to `size` (Szegedy et al. 2015,
-    arXiv:1409.4842, section 6). pad: `padding` zeros on each side, then a random crop of `size` (He et al. 2015,
-    arXiv:1512.03385, section 4.2). scale: the shorter side resized to a random one of `sides`, then a random crop
-    (section 3.4 there). center: the crop of the evaluation."""
+    arXiv:1409.4842, section 6). pad: `padding` zeros on each side, then a random crop of `size`, for images of about
+    that size, since of larger ones it shows a corner (He et al. 2015, arXiv:1512.03385, section 4.2). scale: the
+    shorter side resized to a random one of `sides`, then a random crop (section 3.4 there). center: the crop of the
+    evaluation."""
     size: int = Field(224, ge=1)
     """Side of the square that the network is trained on, in pixels."""
     progressive: list[tuple[Probability, int]] = Field([])
