@@ -45,6 +45,7 @@ from pipeline.data.sources import PrefixSource
 from pipeline.data.spool import Selection
 from pipeline.data.transforms import Preprocessing
 from pipeline.inference.config import PredictConfig
+from pipeline.inference.layout import Layout
 from pipeline.inference.plan import Plan, make_plan, resolve_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.shard import load_shard
@@ -202,7 +203,8 @@ def plan_run(
     )
     source = WebDatasetSource(str(images)) if images.suffix == ".tar" else PrefixSource(str(images))
     write_manifest(config.manifest, source, shard_size=_SHARD_SIZE, selection=Selection(limit=num_images))
-    return make_plan(config, *resolve_inputs(config), device="cpu", num_threads=torch.get_num_threads())
+    layout = Layout("fused", "cpu", num_actors=1, cpus_per_actor=torch.get_num_threads(), gpus_per_actor=0)
+    return make_plan(config, *resolve_inputs(config), layout)
 
 
 def compare_batches(

@@ -26,6 +26,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.data.uri_table import TableSource
 from pipeline.inference.commit import Receipt, commit, read_receipts
 from pipeline.inference.config import PredictConfig
+from pipeline.inference.layout import Layout
 from pipeline.inference.plan import Plan, make_plan, record_run, resolve_inputs
 from pipeline.models import registry
 from pipeline.models.bundle import Architecture, pack
@@ -139,7 +140,8 @@ def plan_of(folder: str) -> Plan:
     config = PredictConfig(
         manifest=f"{folder}/manifest", registry=f"{folder}/registry", bundles=["net"], output=f"{folder}/tables"
     )
-    plan = make_plan(config, *resolve_inputs(config), device="cpu", num_threads=2)
+    layout = Layout("fused", "cpu", num_actors=1, cpus_per_actor=2, gpus_per_actor=0)
+    plan = make_plan(config, *resolve_inputs(config), layout)
     record_run(plan, config)
     return plan
 

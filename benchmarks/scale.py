@@ -32,6 +32,7 @@ from pipeline.data.sources import IMAGE_SCHEMA
 from pipeline.inference import flow
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PredictConfig
+from pipeline.inference.layout import Layout
 from pipeline.inference.outputs import ShardOutputs, build_tables
 from pipeline.inference.plan import Run, make_plan, read_run, resolve_inputs
 from pipeline.inference.predictor import ModelOutput
@@ -140,7 +141,8 @@ def make(folder: str, num_images: int, images_per_shard: int) -> int:
 
 def plan(folder: str) -> int:
     config = config_of(folder)
-    planned = make_plan(config, *resolve_inputs(config), device="cpu", num_threads=1)
+    layout = Layout("fused", "cpu", num_actors=1, cpus_per_actor=1, gpus_per_actor=0)
+    planned = make_plan(config, *resolve_inputs(config), layout)
     return sum(shard.num_images for shard in planned.pending_shards())
 
 

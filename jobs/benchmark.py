@@ -20,10 +20,10 @@ from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Shard
-from pipeline.inference.bound import STAGES, Stage, Timed, judge, measured_costs, pools_of, rate_of, workers_of
+from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.estimate import choose_sample, try_shards
-from pipeline.inference.layout import Layout, choose_layout
+from pipeline.inference.layout import STAGES, Layout, Stage, choose_layout
 from pipeline.inference.plan import Run, make_plan, resolve_inputs
 
 
@@ -63,7 +63,7 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
 
     with connected_ray() as nodes:
         layout = choose_layout(nodes, config.compute, manifest.num_shards)
-        plan = make_plan(of_run, manifest, models, device=layout.device, num_threads=max(1, layout.cpus_per_actor))
+        plan = make_plan(of_run, manifest, models, layout)
         workers = workers_of(layout, nodes)
         rounds = math.ceil(config.num_images * manifest.num_shards / manifest.num_images / workers)
         shards = choose_sample(plan, rounds * workers)
@@ -102,7 +102,8 @@ def measure_stages(
     if layout.form == "fused" and layout.device == "cpu":
         return _measure(run, shards, layout.num_actors, actor, STAGES)
     num_cpus = pools_of(layout, nodes)[0].size
-    of_cpus = _measure(run, shards, num_cpus, {"num_cpus": 1}, ("fetch", "decode"))
+    on_cpus: tuple[Stage, ...] = ("fetch",) if "decode" in layout.stages_on_gpu else ("fetch", "decode")
+    of_cpus = _measure(run, shards, num_cpus, {"num_cpus": 1}, on_cpus)
     return {**_measure(run, shards, layout.num_actors, actor, STAGES), **of_cpus}
 
 

@@ -12,7 +12,10 @@ from pipeline.data.manifest import Manifest, write_manifest
 from pipeline.data.sources import PrefixSource
 from pipeline.inference.commit import commit
 from pipeline.inference.config import PredictConfig
+from pipeline.inference.layout import Layout
 from pipeline.inference.plan import Plan, Run, make_plan, record_run, resolve_inputs
+
+ONE_ACTOR = Layout("fused", "cpu", num_actors=1, cpus_per_actor=2, gpus_per_actor=0)
 
 
 class JobFailedError(AssertionError):
@@ -86,7 +89,7 @@ def config_of(root: Path, **fields: Any) -> PredictConfig:
 def plan_of(root: Path, **fields: Any) -> Plan:
     """The plan of a run over a world, on the CPU."""
     config = config_of(root, **fields)
-    return make_plan(config, *resolve_inputs(config), device="cpu", num_threads=2)
+    return make_plan(config, *resolve_inputs(config), ONE_ACTOR)
 
 
 def run_without_ray(root: Path, **fields: Any) -> Run:

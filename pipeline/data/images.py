@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.data.jpeg import read_jpeg_header
+from pipeline.data.jpeg import JpegHeader, read_jpeg_header
 from pipeline.errors import ImageError, RunError
 
 # Pillow warns about odd metadata, and about large images that `max_pixels` has already allowed.
@@ -43,7 +43,8 @@ _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP  |....ftyp", re.DOTALL
 )
 _HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
-_RGB = 3  # torchvision.io.ImageReadMode.RGB
+_JPEG = b"\xff\xd8\xff"
+RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
 def decode(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
@@ -62,7 +63,7 @@ def decode(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> tor
     if not data:
         raise _refusal("empty", "expected an encoded image, got no bytes")
     try:
-        if data.startswith(b"\xff\xd8\xff"):
+        if data.startswith(_JPEG):
             return _decode_jpeg(data, max_pixels, shrink_to)
         return _decode_with_pillow(data, max_pixels)
     except ImageError:
@@ -71,15 +72,34 @@ def decode(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> tor
         raise _as_refusal(error) from error
 
 
+def plain_jpeg_header(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> JpegHeader | None:
+    """The header of a JPEG that `decode` would decode whole and not through Pillow; None for all else, good or bad."""
+    if not data.startswith(_JPEG):
+        return None
+    try:
+        header = read_jpeg_header(data)
+        _check_size(header.width, header.height, max_pixels)
+    except ImageError:
+        return None
+    return header if _is_plain(header, shrink_to) else None
+
+
 def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> torch.Tensor:
     header = read_jpeg_header(data)
     _check_size(header.width, header.height, max_pixels)
-    if header.num_components not in (1, 3):
-        return _decode_with_pillow(data, max_pixels)  # CMYK and YCCK, which Adobe stores inverted
-    if shrink_to is not None and min(header.width, header.height) >= 2 * shrink_to:
+    if not _is_plain(header, shrink_to):
         return _decode_with_pillow(data, max_pixels, shrink_to)
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a tensor cannot wrap read-only bytes
-    return _upright(_torchvision_decode_jpeg(encoded, _RGB), header.orientation)
+    return upright(_torchvision_decode_jpeg(as_tensor(data), RGB), header.orientation)
+
+
+def _is_plain(header: JpegHeader, shrink_to: int | None) -> bool:
+    is_reduced = shrink_to is not None and min(header.width, header.height) >= 2 * shrink_to
+    return header.num_components in (1, 3) and not is_reduced  # not CMYK and YCCK, which Adobe stores inverted
+
+
+def as_tensor(data: bytes) -> torch.Tensor:
+    """A copy, as uint8: a tensor cannot wrap read-only bytes."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
@@ -89,7 +109,7 @@ def _decode_with_pillow(data: bytes, max_pixels: int, shrink_to: int | None = No
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))  # the smallest of libjpeg's sizes with no side below that
             pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
-            return _upright(pixels, _orientation(image))
+            return upright(pixels, _orientation(image))
     except Image.DecompressionBombError as error:
         raise _refusal("too_many_pixels", f"{error}") from error
     except UnidentifiedImageError as error:
@@ -156,7 +176,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+def upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """C×H×W pixels as stored, turned by their EXIF orientation, 1 to 8 (others count as 1); a view where it can be."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)

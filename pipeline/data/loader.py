@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -17,7 +18,10 @@ from pipeline.errors import ImageError
 
 _SHARDS_SAMPLED = 8
 
+_GROUP = 64  # images that are decoded at once
+
 Decode: TypeAlias = Callable[[bytes], torch.Tensor]
+DecodeGroup: TypeAlias = Callable[[Sequence[bytes]], list[torch.Tensor | ImageError]]
 View: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Makes a decoded image, uint8 3×H×W, ready to be stacked, as `Preprocessing.apply` does."""
 
@@ -38,8 +42,8 @@ class Batch:
 class LoadLog:
     """What loading a shard left to tell: the images that failed, by row, and the seconds spent.
 
-    `fetch_s` is the time spent waiting for bytes, `decode_s` that of the CPUs which the decoding threads used;
-    `began_at` is unix seconds.
+    `fetch_s` is the time spent waiting for bytes, `decode_s` that of the CPUs which the decoding threads used, or that
+    of the wall where a GPU decodes; `began_at` is unix seconds.
     """
 
     errors: dict[int, ImageError] = field(default_factory=dict)
@@ -64,15 +68,60 @@ def load_batches(
     which images share a batch depends on the shard alone. Pinned memory reaches a GPU without another copy.
     """
 
-    def load(item: bytes | ImageError) -> tuple[list[torch.Tensor] | ImageError, float]:
+    def load(item: bytes | ImageError) -> tuple[Loaded, float]:
         start = time.thread_time()  # not the wall's: a forward pass that holds the interpreter would count as decoding
         pixels = item if isinstance(item, ImageError) else _decode_one(item, decode, views)
         return pixels, time.thread_time() - start
 
+    loaded = storage.map_concurrently(load, _timed(encoded, log), num_threads)
+    return _gather(_adding_seconds(loaded, log), batch_size, log, pin_memory)
+
+
+def load_batches_on_gpu(
+    encoded: Iterable[bytes | ImageError],
+    decode_group: DecodeGroup,
+    views: Sequence[View],
+    *,
+    batch_size: int,
+    device: torch.device,
+    log: LoadLog,
+) -> Iterator[Batch]:
+    """The batches of `load_batches`, decoded and preprocessed some at a time on `device`, where their pixels are."""
+    return _gather(_load_groups(_timed(encoded, log), decode_group, views, device, log), batch_size, log, False)
+
+
+Loaded: TypeAlias = list[torch.Tensor] | ImageError
+"""An image in all its views, or why there is none."""
+
+
+def _adding_seconds(loaded: Iterable[tuple[Loaded, float]], log: LoadLog) -> Iterator[Loaded]:
+    for pixels, seconds in loaded:
+        log.decode_s += seconds
+        yield pixels
+
+
+def _load_groups(
+    encoded: Iterator[bytes | ImageError],
+    decode_group: DecodeGroup,
+    views: Sequence[View],
+    device: torch.device,
+    log: LoadLog,
+) -> Iterator[Loaded]:
+    while group := list(islice(encoded, _GROUP)):
+        start = time.perf_counter()
+        decoded = iter(decode_group([item for item in group if not isinstance(item, ImageError)]))
+        items = [item if isinstance(item, ImageError) else next(decoded) for item in group]
+        loaded = [item if isinstance(item, ImageError) else _view_on(device, item, views) for item in items]
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams may now read the pixels
+        log.decode_s += time.perf_counter() - start
+        yield from loaded
+
+
+def _gather(loaded: Iterable[Loaded], batch_size: int, log: LoadLog, pin_memory: bool) -> Iterator[Batch]:
     rows: list[int] = []
     images: list[list[torch.Tensor]] = []
-    for row, (pixels, seconds) in enumerate(storage.map_concurrently(load, _timed(encoded, log), num_threads)):
-        log.decode_s += seconds
+    for row, pixels in enumerate(loaded):
         if isinstance(pixels, ImageError):
             log.errors[row] = pixels
             continue
@@ -109,10 +158,22 @@ def _sample(item: bytes | ImageError, decode: Decode, preprocessing: Preprocessi
     return None if isinstance(pixels, ImageError) else pixels[0]
 
 
-def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> list[torch.Tensor] | ImageError:
+def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:
+    return _or_refusal(lambda: [view(image) for image in [decode(data)] for view in views])
+
+
+def _view_on(device: torch.device, image: torch.Tensor, views: Sequence[View]) -> Loaded:
     try:
-        image = decode(data)
-        return [view(image) for view in views]
+        return [view(image).to(device) for view in views]
+    except Exception:  # the image's fault or the GPU's: a CPU tells
+        here = image.cpu()  # raises where the GPU has failed for good: that must make no error rows
+    loaded = _or_refusal(lambda: [view(here) for view in views])
+    return loaded if isinstance(loaded, ImageError) else [pixels.to(device) for pixels in loaded]
+
+
+def _or_refusal(load: Callable[[], list[torch.Tensor]]) -> Loaded:
+    try:
+        return load()
     except ImageError as error:
         return error
     except Exception as error:  # whatever one image does to a library is that image's
@@ -139,6 +200,6 @@ def _stack(rows: list[int], images: list[list[torch.Tensor]], pin_memory: bool) 
 def stack(images: Sequence[torch.Tensor], *, pin_memory: bool) -> torch.Tensor:
     """uint8 tensors of one shape as one; images 3×H×W in channels_last memory, which is theirs and the networks'."""
     order = torch.channels_last if images[0].ndim == 3 else torch.contiguous_format
-    shape = (len(images), *images[0].shape)
-    stacked = torch.empty(shape, dtype=torch.uint8, memory_format=order, pin_memory=pin_memory)
+    shape, device = (len(images), *images[0].shape), images[0].device
+    stacked = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=order, pin_memory=pin_memory)
     return torch.stack(list(images), out=stacked)

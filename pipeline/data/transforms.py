@@ -1,8 +1,8 @@
 """The preprocessing of a model: resize, center crop, normalise. It travels in the bundle, and nothing else is used.
 
 Resizing works on uint8 tensors with torch's integer kernels, which round between the two passes as Pillow does and so
-come closer to the PIL images that published weights were evaluated on than float tensors do. torchvision is not needed
-to run this, nor is torch to describe it.
+come closer to the PIL images that published weights were evaluated on than float tensors do. GPUs have no such kernels
+and resize in float32, rounded once. torchvision is not needed to run this, nor is torch to describe it.
 """
 
 import hashlib
@@ -62,17 +62,17 @@ class Preprocessing(Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def apply(self, image: "torch.Tensor") -> "torch.Tensor":
-        """Resize and crop one image: uint8 3×H×W on the CPU to uint8 3×crop_size×crop_size, strides as they come.
+        """Resize and crop one image: uint8 3×H×W to uint8 3×crop_size×crop_size, strides as they come.
 
-        Equals torchvision's v2 `resize` and `center_crop` on the same tensor bit for bit. Raises ImageError at stage
-        `preprocess`, `aspect_ratio`, where the image is so narrow that resizing it would take some hundred megabytes.
+        On a CPU it equals torchvision's v2 `resize` and `center_crop` on the same tensor bit for bit. Raises ImageError
+        at stage `preprocess`, `aspect_ratio`, where the image is so narrow that resizing it would take some hundred
+        megabytes.
         """
         return self.crop(self.resize(image))
 
     def resize(self, image: "torch.Tensor") -> "torch.Tensor":
         """The first half of `apply`: uint8 3×H×W to uint8 3×H'×W' of `resized_size`. Raises as `apply`."""
         import torch
-        from torch.nn import functional as F
 
         assert image.dtype == torch.uint8
         assert image.ndim == 3
@@ -81,9 +81,8 @@ class Preprocessing(Section):
         if resized != (height, width):
             # Batches of one are ambiguous to torch; with this stride an H×W×3 memory order is kept, not repacked.
             batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
-            antialias = self.antialias and self.interpolation != "nearest"
-            align_corners = None if self.interpolation == "nearest" else False
-            image = F.interpolate(batch, resized, None, self.interpolation, align_corners, antialias=antialias)[0]
+            is_cpu = image.device.type == "cpu"
+            image = (self._interpolate(batch, resized) if is_cpu else self._interpolate_in_float(batch, resized))[0]
         return image
 
     def crop(self, image: "torch.Tensor") -> "torch.Tensor":
@@ -95,6 +94,16 @@ class Preprocessing(Section):
             image = F.pad(image, (lacking_x // 2, (lacking_x + 1) // 2, lacking_y // 2, (lacking_y + 1) // 2))
         top, left = (round((side - self.crop_size) / 2) for side in image.shape[1:])
         return image[:, top : top + self.crop_size, left : left + self.crop_size]
+
+    def _interpolate(self, batch: "torch.Tensor", size: tuple[int, int]) -> "torch.Tensor":
+        from torch.nn import functional as F
+
+        antialias = self.antialias and self.interpolation != "nearest"
+        align_corners = None if self.interpolation == "nearest" else False
+        return F.interpolate(batch, size, None, self.interpolation, align_corners, antialias=antialias)
+
+    def _interpolate_in_float(self, batch: "torch.Tensor", size: tuple[int, int]) -> "torch.Tensor":
+        return self._interpolate(batch.float(), size).round_().clamp_(0, 255).to(batch.dtype)
 
     def normalise(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Scale a batch to the model's range: uint8 N×3×H×W to float32 N×3×H×W on the same device.

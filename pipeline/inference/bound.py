@@ -2,7 +2,7 @@
 
     fused, CPUs     one pool: every stage takes its turn on the CPUs
     split, CPUs     the decode tasks' CPUs ─► the actors' CPUs: the slower of two pools
-    GPUs            the CPUs, which fetch, decode and write ─► the GPUs: the slower of two pools
+    GPUs            the CPUs, which fetch, decode and write ─► the GPUs: the slower of two pools; GPUs may decode
 
 A store that gives or takes fewer images than the pools could work through bounds them too.
 """
@@ -19,15 +19,12 @@ import numpy as np
 
 from pipeline.cluster import Node
 from pipeline.inference.commit import Receipt
-from pipeline.inference.layout import Layout
-
-Stage: TypeAlias = Literal["fetch", "decode", "predict", "write"]
-STAGES: tuple[Stage, ...] = ("fetch", "decode", "predict", "write")
+from pipeline.inference.layout import STAGES, Layout, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class StageCosts:
-    """What an image costs: seconds of a CPU by stage, of a GPU for `predict` where there are any.
+    """What an image costs: seconds of a CPU by stage, of a GPU for what the layout has on GPUs.
 
     `store_images_per_s` is what the store gives (`fetch`) or takes (`write`), however many CPUs there are.
     """
@@ -147,8 +144,9 @@ def pools_of(layout: Layout, nodes: Sequence[Node]) -> list[Pool]:
     """The resources a run takes its rate from."""
     cpus, actors = sum(node.cpus for node in nodes), layout.num_actors * layout.cpus_per_actor
     if layout.device == "cuda":
-        pool = Pool("CPU", cpus if layout.form == "split" else actors, ("fetch", "decode", "write"))
-        return [pool, Pool("GPU", layout.num_actors * layout.gpus_per_actor, ("predict",))]
+        on_cpus = tuple(stage for stage in STAGES if stage not in layout.stages_on_gpu)
+        pool = Pool("CPU", cpus if layout.form == "split" else actors, on_cpus)
+        return [pool, Pool("GPU", layout.num_actors * layout.gpus_per_actor, layout.stages_on_gpu)]
     if layout.form == "split":
         return [Pool("CPU", cpus - actors, ("fetch", "decode")), Pool("CPU", actors, ("predict", "write"))]
     return [Pool("CPU", actors, STAGES)]
@@ -157,7 +155,8 @@ def pools_of(layout: Layout, nodes: Sequence[Node]) -> list[Pool]:
 def observed_costs(observed: Observed, layout: Layout) -> StageCosts:
     """What an image cost in a run, by its receipts; `fetch` is the waiting for bytes, which holds up its CPUs.
 
-    Decoding is told in seconds of CPUs; the others in those of the wall, so a store's answer to a write counts in full.
+    Decoding on CPUs is told in their seconds; all else in those of the wall, so a store's answer to a write counts in
+    full.
     """
     held = layout.cpus_per_actor if layout.form == "fused" else 1
     of_actor = layout.cpus_per_actor if layout.device == "cpu" else 1
@@ -171,13 +170,14 @@ def measured_costs(timed: Mapping[Stage, Rounds], layout: Layout) -> StageCosts:
     Of CPUs it is the seconds that were used, so that neither waiting for a store counts, whose rate is a limit of its
     own, nor what else the machine does meanwhile; of GPUs it is the wall's.
     """
-    parts = {stage: list(chain.from_iterable(rounds)) for stage, rounds in timed.items()}
-    num_images = {stage: sum(part.num_images for part in parts[stage]) for stage in timed}
-    cpu = {stage: sum(part.cpu_s for part in parts[stage]) / num_images[stage] for stage in timed}
-    on_gpu = sum(part.wall_s for part in parts["predict"]) / num_images["predict"]
-    predict = cpu["predict"] if layout.device == "cpu" else on_gpu
+
+    def seconds(stage: Stage) -> float:
+        parts = list(chain.from_iterable(timed[stage]))
+        spent = sum(part.wall_s if stage in layout.stages_on_gpu else part.cpu_s for part in parts)
+        return spent / sum(part.num_images for part in parts)
+
     rates: dict[Stage, float] = {"fetch": rate_of(timed["fetch"]), "write": rate_of(timed["write"])}
-    return StageCosts(cpu["fetch"], cpu["decode"], predict, cpu["write"], rates)
+    return StageCosts(seconds("fetch"), seconds("decode"), seconds("predict"), seconds("write"), rates)
 
 
 def rate_of(rounds: Rounds) -> float:

@@ -52,6 +52,9 @@ class ComputeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks; auto takes GPUs where the cluster has any."""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where JPEGs are decoded; auto: on GPUs where there are fewer than two CPUs to each. A GPU's pixels are not quite
+    a CPU's."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
     precision: AskedPrecision = "auto"

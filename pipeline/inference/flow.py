@@ -72,7 +72,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     """
     start = time.monotonic()
     layout = choose_layout(nodes, config.compute, manifest.num_shards)
-    plan = make_plan(config, manifest, models, device=layout.device, num_threads=max(1, layout.cpus_per_actor))
+    plan = make_plan(config, manifest, models, layout)
     if config.dry_run:
         return {"status": "dry run", **_describe(plan, layout)}
     if config.plan:
@@ -231,7 +231,7 @@ class PredictFused:
                 shard,
                 self._predictor.preprocessings,
                 num_threads=run.num_threads,
-                isolated=attempt > 1,
+                isolated=should_isolate(run, attempt),
                 log=log,
                 pin_memory=self._predictor.uses_pinned_memory,
             )
@@ -250,7 +250,9 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     preprocessings = distinct_preprocessings([Bundle.load(model.uri) for model in run.models])
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     with attempting(attempts, "decode", shard) as attempt:
-        batches = load_shard(run, manifest, shard, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
+        batches = load_shard(
+            run, manifest, shard, preprocessings, num_threads=1, isolated=should_isolate(run, attempt), log=log
+        )
         return DecodedShard.gather(shard, attempt, list(batches), preprocessings, log).to_row()
 
 
@@ -279,6 +281,11 @@ class PredictSplit:
                 attempt=decoded.attempt,
             )
         return receipt_row(receipt)
+
+
+def should_isolate(run: Run, attempt: int) -> bool:
+    """Whether an attempt decodes in child processes, on CPUs; where GPUs decode, only the last: its pixels differ."""
+    return attempt > (1 if run.decode == "cpu" else MAX_DEATHS - 1)
 
 
 def open_unchanged(manifest_uri: str, digest: str) -> Manifest:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pipeline.cluster import Device, Node, choose_device
 from pipeline.errors import ConfigError
 from pipeline.inference.config import ComputeConfig
+
+Stage: TypeAlias = Literal["fetch", "decode", "predict", "write"]
+STAGES: tuple[Stage, ...] = ("fetch", "decode", "predict", "write")
 
 _MOST_CPUS_PER_ACTOR = 4  # a forward pass scales little beyond
 
@@ -20,6 +23,14 @@ class Layout:
     num_actors: int
     cpus_per_actor: int
     gpus_per_actor: int
+    decode: Literal["cpu", "gpu"] = "cpu"
+
+    @property
+    def stages_on_gpu(self) -> tuple[Stage, ...]:
+        """What an image takes a GPU's time for."""
+        if self.device == "cpu":
+            return ()
+        return ("decode", "predict") if self.decode == "gpu" else ("predict",)
 
 
 def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
@@ -28,6 +39,11 @@ def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int
     Raises ConfigError where it cannot fit, saying what was asked and what there is: Ray would wait for ever.
     """
     device = choose_device(nodes, compute.device)
+    if compute.decode == "gpu" and (device == "cpu" or compute.form == "split"):
+        raise ConfigError(
+            "compute.decode: gpu needs GPUs and the fused form, whose actors decode what they predict; "
+            f"got device {device}, form {compute.form}"
+        )
     return _on_gpus(nodes, compute, num_shards) if device == "cuda" else _on_cpus(nodes, compute, num_shards)
 
 
@@ -49,18 +65,21 @@ def _cpus_to_a_shard(nodes: Sequence[Node], total: int, num_shards: int) -> int:
 
 def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    has_cpus_to_decode = cpus >= 2 * gpus
     form = compute.form
     if form == "auto":
-        form = "split" if cpus >= 2 * gpus else "fused"
+        form = "split" if has_cpus_to_decode and compute.decode != "gpu" else "fused"
+    decode = compute.decode
+    if decode == "auto":
+        decode = "cpu" if form == "split" or has_cpus_to_decode else "gpu"
     # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
     share = 0 if form == "split" else max(1, min(node.cpus // node.gpus for node in nodes if node.gpus))
     size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
     fitting = sum(min(node.gpus, node.cpus // size if size else node.gpus) for node in nodes)
     if form == "split":
         fitting = _leaving_one_cpu(fitting, size, cpus)
-    return Layout(
-        form, "cuda", _num_actors(fitting, compute, num_shards, f"1 GPU and {size} CPUs each", nodes), size, 1
-    )
+    num_actors = _num_actors(fitting, compute, num_shards, f"1 GPU and {size} CPUs each", nodes)
+    return Layout(form, "cuda", num_actors, size, 1, decode)
 
 
 def _leaving_one_cpu(fitting: int, size: int, cpus: int) -> int:

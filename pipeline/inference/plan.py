@@ -15,6 +15,7 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
 from pipeline.inference.commit import committed_shard_ids, run_uri
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
+from pipeline.inference.layout import Layout
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision
@@ -51,6 +52,7 @@ class Run(BaseModel):
     tables: TablesConfig
     images: ImagesConfig
     device: Device
+    decode: Literal["cpu", "gpu"] = "cpu"
     precision: AskedPrecision = "float32"  # the defaults are what runs did that were planned before there was a choice
     compile: Literal["auto", "always", "never"] = "never"
     agreement: AgreementLimits = AgreementLimits()
@@ -105,16 +107,14 @@ def resolve_inputs(config: PredictConfig) -> tuple[Manifest, tuple[Model, ...]]:
     return Manifest.open(storage.normalise(config.manifest)), models
 
 
-def make_plan(
-    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], *, device: Device, num_threads: int
-) -> Plan:
-    """The plan of `config` on `device`: a new run's, or what an earlier attempt left over. Writes nothing.
+def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Plan:
+    """The plan of `config` in `layout`: a new run's, or what an earlier attempt left over. Writes nothing.
 
     A run keeps the number of torch threads it began with, whatever the cluster offers now, and how it computes.
 
     Raises ConfigError where the run exists with another config, naming the fields.
     """
-    run = _describe_run(config, manifest, models, device, num_threads)
+    run = _describe_run(config, manifest, models, layout)
     earlier = _read_run(run.uri)
     if earlier is None:
         return Plan(run, manifest, committed=set())
@@ -154,9 +154,7 @@ def list_run_ids(output_uri: str) -> list[str]:
     return storage.list_folders(storage.join(output_uri, "_runs"))
 
 
-def _describe_run(
-    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], device: Device, num_threads: int
-) -> Run:
+def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Run:
     identity = json.dumps(
         [
             manifest.digest,
@@ -176,19 +174,21 @@ def _describe_run(
         models=models,
         tables=config.tables,
         images=config.images,
-        device=device,
+        device=layout.device,
+        decode=layout.decode,
         precision=config.compute.precision,
         compile=_should_compile(config, manifest, models),
         agreement=config.compute.agreement,
-        batch_size=config.compute.batch_size or default_batch_size(device),
-        num_threads=num_threads,
+        batch_size=config.compute.batch_size or default_batch_size(layout.device),
+        num_threads=max(1, layout.cpus_per_actor),
     )
 
 
 def _unlike_default(config: PredictConfig) -> list[Any]:
     """Other fields that decide the tables' bytes, where they are set; left out otherwise, as before there were any."""
     default, compute = ComputeConfig(), config.compute
-    fields: list[tuple[Any, Any]] = [(compute.precision, default.precision), (compute.compile, default.compile)]
+    names = ("precision", "compile", "decode")
+    fields: list[tuple[Any, Any]] = [(getattr(compute, name), getattr(default, name)) for name in names]
     fields += [(compute.agreement.model_dump(), default.agreement.model_dump()), (config.images.reduced_decode, False)]
     return [value for value, usual in fields if value != usual]
 

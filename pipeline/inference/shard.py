@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from pipeline.data import images as image_data
-from pipeline.data.loader import Batch, LoadLog, load_batches
+from pipeline.data import nvjpeg
+from pipeline.data.loader import Batch, LoadLog, load_batches, load_batches_on_gpu
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
@@ -79,18 +80,27 @@ def decode_batches(
     log: LoadLog,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of a shard's encoded images, decoded and preprocessed `num_threads` at a time.
+    """Batches of a shard's encoded images, decoded and preprocessed `num_threads` at a time, or on the GPU.
 
     `isolated` decodes each image in a child process, so that one that kills its decoder is named and harms no other.
     """
+    max_pixels, shrink_to = run.images.max_pixels, _shrink_to(run, preprocessings)
+    views = [preprocessing.apply for preprocessing in preprocessings]
+    if run.decode == "gpu" and not isolated:
+        device = torch.device(run.device)
+        decode_group = partial(
+            nvjpeg.decode_group, device=device, num_threads=num_threads, max_pixels=max_pixels, shrink_to=shrink_to
+        )
+        yield from load_batches_on_gpu(encoded, decode_group, views, batch_size=run.batch_size, device=device, log=log)
+        return
     with ExitStack() as stack:
         decode = image_data.decode
         if isolated:
             decode = stack.enter_context(image_data.IsolatedDecoder()).decode
         yield from load_batches(
             encoded,
-            partial(decode, max_pixels=run.images.max_pixels, shrink_to=_shrink_to(run, preprocessings)),
-            [preprocessing.apply for preprocessing in preprocessings],
+            partial(decode, max_pixels=max_pixels, shrink_to=shrink_to),
+            views,
             batch_size=run.batch_size,
             num_threads=1 if isolated else num_threads,
             log=log,

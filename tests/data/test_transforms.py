@@ -110,3 +110,15 @@ def test_the_digest_tells_settings_apart_and_nothing_else() -> None:
 def test_impossible_fields_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Preprocessing.model_validate({"resize_size": 256, "crop_size": 224, **fields})
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(33, 48), (200, 150), (20, 21)])
+def test_resizing_in_float_as_gpus_do_comes_within_a_level_where_nothing_is_clipped(interpolation, size):
+    preprocessing = Preprocessing(resize_size=24, crop_size=24, interpolation=interpolation)
+    image = noise(*size) // 2 + 64
+    in_float = preprocessing._interpolate_in_float(image[None], preprocessing.resized_size(*size))[0]
+    assert in_float.dtype == torch.uint8
+    difference = (in_float.int() - preprocessing.resize(image).int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.3

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from pipeline.cluster import Node
 from pipeline.inference.bound import (
-    STAGES,
     Observed,
     StageCosts,
     Timed,
@@ -21,7 +20,7 @@ from pipeline.inference.bound import (
 )
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import ComputeConfig
-from pipeline.inference.layout import Layout, choose_layout
+from pipeline.inference.layout import STAGES, Layout, choose_layout
 
 COSTS = StageCosts(fetch=0.0001, decode=0.002, predict=0.01, write=0.0001)
 FUSED = Layout("fused", "cpu", num_actors=2, cpus_per_actor=1, gpus_per_actor=0)
@@ -49,6 +48,15 @@ def test_on_cpus_alone_every_stage_takes_its_turn():
     verdict = judge(COSTS, pools, images_per_s=120.0)
     assert verdict.bound_images_per_s == pytest.approx(2 / 0.0122)
     assert (verdict.binds, verdict.advice) == ("predict", "2 more CPUs would raise 120 to 240 images/s")
+
+
+def test_gpus_that_decode_pay_for_it_with_their_own_time():
+    layout = replace(FUSED, device="cuda", gpus_per_actor=1, decode="gpu")
+    verdict = judge(replace(COSTS, decode=0.0001), pools_of(layout, [Node(cpus=2, gpus=2)]), images_per_s=190.0)
+    assert verdict.bound_images_per_s == pytest.approx(2 / 0.0101)
+    part = [[Timed(num_images=10, wall_s=2.0, cpu_s=1.0)]]
+    measured = measured_costs(dict.fromkeys(STAGES, part), layout)
+    assert (measured.fetch, measured.decode, measured.predict, measured.write) == (0.1, 0.2, 0.2, 0.1)
 
 
 def test_too_few_cpus_beside_gpus_are_counted_per_gpu():

@@ -60,6 +60,31 @@ def test_gpu_actors_that_leave_no_cpu_to_decode_are_refused_and_not_waited_for(n
         choose_layout([node], compute, num_shards=10)
 
 
+def test_gpus_with_fewer_than_two_cpus_each_decode_for_themselves():
+    few, enough = Node(cpus=3, gpus=2), Node(cpus=4, gpus=2)
+    assert choose_layout([few], AUTO, num_shards=100).decode == "gpu"
+    assert choose_layout([enough], AUTO, num_shards=100).decode == "cpu"
+    assert choose_layout([few], ComputeConfig(decode="cpu"), num_shards=100).decode == "cpu"
+
+
+def test_decoding_on_gpus_that_have_cpus_is_had_for_the_asking_in_the_fused_form():
+    layout = choose_layout([Node(cpus=16, gpus=2)], ComputeConfig(decode="gpu"), num_shards=100)
+    assert (layout.form, layout.decode, layout.stages_on_gpu) == ("fused", "gpu", ("decode", "predict"))
+
+
+@pytest.mark.parametrize(
+    ("node", "compute"),
+    [
+        (Node(cpus=4), ComputeConfig(decode="gpu")),
+        (Node(cpus=4, gpus=1), ComputeConfig(decode="gpu", device="cpu")),
+        (Node(cpus=4, gpus=1), ComputeConfig(decode="gpu", form="split")),
+    ],
+)
+def test_decoding_on_gpus_without_gpus_or_apart_from_them_is_refused(node, compute):
+    with pytest.raises(ConfigError, match=r"compute\.decode: gpu needs GPUs and the fused form"):
+        choose_layout([node], compute, num_shards=10)
+
+
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match="no node of the cluster has a GPU"):
         choose_device([Node(cpus=4)], "cuda")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,7 @@ from pipeline import storage
 from pipeline.errors import BundleError, ConfigError, ManifestError
 from pipeline.inference.commit import Receipt, commit
 from pipeline.inference.plan import list_run_ids, make_plan, read_run, record_run, resolve_inputs
-from tests.worlds import config_of, make_bundle, make_world, plan_of
+from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,16 @@ def test_a_run_keeps_the_batch_size_it_began_with(world):
 def test_a_run_keeps_the_number_of_threads_it_began_with_on_any_cluster(world):
     record(world, run_id="threads")
     config = config_of(world, run_id="threads")
-    resumed = make_plan(config, *resolve_inputs(config), device="cpu", num_threads=7)
+    resumed = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, cpus_per_actor=7))
     assert resumed.run.num_threads == plan_of(world, run_id="threads").run.num_threads == 2
+
+
+def test_a_run_that_gpus_decoded_is_not_gone_on_with_by_cpus(world):
+    config = config_of(world, run_id="nvjpeg")
+    plan = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, decode="gpu"))
+    record_run(plan, config)
+    with pytest.raises(ConfigError, match=r"decode.*gpu"):
+        plan_of(world, run_id="nvjpeg")
 
 
 def test_a_run_may_go_on_with_moved_bundles_and_fetch_harder(world, tmp_path):
@@ -128,7 +137,7 @@ def test_the_same_bundle_twice_is_refused(world):
 def test_a_bundle_may_be_named_by_its_uri(world, tmp_path):
     uri = make_bundle(tmp_path / "elsewhere", name="far")
     config = config_of(world, bundles=[uri], registry=None)
-    assert make_plan(config, *resolve_inputs(config), device="cpu", num_threads=2).run.models[0].name == "far/1"
+    assert make_plan(config, *resolve_inputs(config), ONE_ACTOR).run.models[0].name == "far/1"
 
 
 @pytest.mark.parametrize("run_id", ["", "../up", "a/b", ".hidden", "a b"])

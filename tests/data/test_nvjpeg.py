@@ -1,0 +1,154 @@
+"""Everything about decoding on a GPU but the GPU: its operator is stood in for by the CPU's."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.data import images, nvjpeg
+from pipeline.data.loader import LoadLog, load_batches, load_batches_on_gpu
+from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ImageError
+
+CPU = torch.device("cpu")
+MAX_PIXELS = 100_000
+PREPROCESSING = Preprocessing(resize_size=16, crop_size=16)
+
+
+def encoded(format: str, mode: str = "RGB", orientation: int = 1, size: tuple[int, int] = (40, 30)) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.linear_gradient("L").resize(size).convert(mode).save(file, format, exif=exif)
+    return file.getvalue()
+
+
+PLAIN = {
+    "jpeg": encoded("JPEG"),
+    "grayscale": encoded("JPEG", "L"),
+    "rotated": encoded("JPEG", orientation=6),
+}
+OTHERS = {
+    "cmyk": encoded("JPEG", "CMYK"),
+    "png": encoded("PNG"),
+    "large": encoded("JPEG", size=(400, 300)),
+    "truncated": encoded("JPEG")[:-20],
+    "headless": b"\xff\xd8\xff",
+    "text": b"not an image",
+    "empty": b"",
+}
+ALL = {**PLAIN, **OTHERS}
+
+
+class Operator:
+    """In the place of torchvision's; refuses a call that `damaged` is among."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        self.damaged: bytes | None = None
+
+    def __call__(self, tensors: list[torch.Tensor], mode: int, device: torch.device) -> list[torch.Tensor]:
+        data = [bytes(tensor.numpy()) for tensor in tensors]
+        self.seen += data
+        if self.damaged in data:
+            raise RuntimeError("nvjpegDecodeBatched failed: 2")
+        return [torch.ops.image.decode_jpeg(tensor, mode) for tensor in tensors]
+
+
+@pytest.fixture
+def operator(monkeypatch):
+    operator = Operator()
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", operator)
+    return operator
+
+
+def decode_group(group):
+    return nvjpeg.decode_group(group, device=CPU, num_threads=2, max_pixels=MAX_PIXELS)
+
+
+def decode_alone(data):
+    try:
+        return images.decode(data, max_pixels=MAX_PIXELS)
+    except ImageError as error:
+        return error
+
+
+def is_same(one, other):
+    if isinstance(one, ImageError) or isinstance(other, ImageError):
+        return repr(one) == repr(other)
+    return torch.equal(one, other)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.sampled_from(list(ALL)), max_size=12))
+def test_a_group_comes_out_as_its_images_would_one_by_one(operator, names):
+    group = [ALL[name] for name in names]
+    found = decode_group(group)
+    assert len(found) == len(group)
+    assert all(is_same(one, decode_alone(data)) for one, data in zip(found, group, strict=True))
+
+
+def test_the_gpu_is_given_whole_undamaged_jpegs_alone(operator):
+    decode_group(list(ALL.values()))
+    assert operator.seen == list(PLAIN.values())
+    operator.seen.clear()
+    nvjpeg.decode_group([PLAIN["jpeg"]], device=CPU, num_threads=1, max_pixels=MAX_PIXELS, shrink_to=10)
+    assert operator.seen == []
+
+
+def test_a_group_that_the_gpu_refuses_is_decoded_on_the_cpu(operator):
+    operator.damaged = PLAIN["grayscale"]
+    found = decode_group(list(ALL.values()))
+    assert operator.seen
+    assert all(is_same(one, decode_alone(data)) for one, data in zip(found, ALL.values(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine that nvJPEG does not run on")
+def test_torchvisions_operator_is_called_as_it_wants_to_be():
+    schema = torch.ops.image.decode_jpegs_cuda.default._schema
+    assert [str(argument.type) for argument in schema.arguments] == ["List[Tensor]", "int", "Device"]
+    found = nvjpeg.decode_group([PLAIN["jpeg"]], device=torch.device("cuda"), num_threads=1, max_pixels=MAX_PIXELS)
+    assert torch.equal(found[0], decode_alone(PLAIN["jpeg"]))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.sampled_from([*ALL, "lost"]), max_size=150), st.integers(1, 20))
+def test_batches_and_errors_are_those_of_decoding_on_cpus(operator, names, batch_size):
+    lost = ImageError("fetch", "not_found", "it is gone")
+    items = [lost if name == "lost" else ALL[name] for name in names]
+    ours, theirs = LoadLog(), LoadLog()
+    views = [PREPROCESSING.apply, Preprocessing(resize_size=20, crop_size=8).apply]
+    found = load_batches_on_gpu(items, decode_group, views, batch_size=batch_size, device=CPU, log=ours)
+
+    def decode(data):
+        return images.decode(data, max_pixels=MAX_PIXELS)
+
+    wanted = load_batches(items, decode, views, batch_size=batch_size, num_threads=1, log=theirs)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.rows == other.rows
+        assert all(torch.equal(*pair) for pair in zip(one.pixels, other.pixels, strict=True))
+    assert {row: repr(error) for row, error in ours.errors.items()} == {
+        row: repr(error) for row, error in theirs.errors.items()
+    }
+
+
+def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(operator):
+    calls = []
+
+    def fails_once(image):
+        calls.append(image)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return PREPROCESSING.apply(image)
+
+    def fails(image):
+        raise RuntimeError("too small")
+
+    log = LoadLog()
+    group = {"device": CPU, "batch_size": 4, "log": log}
+    [batch] = load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [fails_once], **group)
+    assert (batch.rows, log.errors) == ([0], {})
+    assert list(load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [fails], **group)) == []
+    assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
