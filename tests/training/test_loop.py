@@ -26,8 +26,10 @@ AUGMENTED = {
 }
 
 
-# Other sums in other orders: without batch statistics and with small steps, differences stay rounding errors.
-GENTLE: dict[str, Any] = {"start": {"freeze": "norms"}, "optimizer": {"learning_rate": 0.01}}
+# Other sums in other orders: without batch statistics differences stay rounding errors, until one turns a ReLU's input
+# from a little below zero to a little above. Small steps keep what that changes below the bounds here; the weights move
+# by a thousand times as much.
+GENTLE: dict[str, Any] = {"start": {"freeze": "norms"}, "optimizer": {"learning_rate": 0.002}}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statis
                 root,
                 run_id=f"parts-{parts}",
                 start={"freeze": "norms"},
-                optimizer={"learning_rate": 0.01, "accumulation_steps": parts},
+                optimizer={**GENTLE["optimizer"], "accumulation_steps": parts},
             )
         )
         for parts in (1, 3)
@@ -144,6 +146,7 @@ def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
     together = make_run(train_config(root, run_id=f"together-{world_size}", **fields))
     _train_together(together, world_size)
     assert largest_difference(last_state(alone)["network"], last_state(together)["network"]) < 1e-5
+    assert largest_difference(last_state(alone)["network"], make_network(alone).state_dict()) > 1e-3
     counted = [[entry["num_images"] for entry in last_state(run)["evaluations"]] for run in (alone, together)]
     assert counted == [[20, 20], [20, 20]]
 
