@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +29,7 @@ from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
 from pipeline.inference import networks
+from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
@@ -39,30 +40,10 @@ from pipeline.inference.reconcile import reconcile
 from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
-MAX_DEATHS = 3
-_MOST_BEGINNINGS = 10  # of a shard, done or not: what dies after a shard is done must not go on for ever either
 _COMMITS_IN_FLIGHT = 16
 _MOST_TASKS = 10_000  # Ray Data starts some hundred a second, and keeps some kilobytes of each
 Row = dict[str, Any]
 Summary = dict[str, Any]
-
-
-class ShardAttempts:
-    """How often each shard was begun in this flow; one actor, on the driver's node."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[tuple[str, int]] = Counter()
-        self._done: Counter[tuple[str, int]] = Counter()
-
-    def begin(self, stage: str, shard_id: int) -> int:
-        """The number of this attempt at a stage of the shard, from 1, those not counted at which it was done."""
-        key = (stage, shard_id)
-        self._begun[key] += 1
-        return self._begun[key] - (self._done[key] if self._begun[key] <= _MOST_BEGINNINGS else 0)
-
-    def end(self, stage: str, shard_id: int) -> None:
-        """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""
-        self._done[stage, shard_id] += 1
 
 
 def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]) -> Summary:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cluster import Node
 from pipeline.errors import RunError
-from pipeline.inference.flow import MAX_DEATHS, ShardAttempts, predict
+from pipeline.inference.flow import predict
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
 from pipeline.tables import open_table
@@ -102,20 +102,6 @@ def test_what_stops_a_worker_stops_the_run_with_its_reason(world, local_ray):
     (blocked / "predictions").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="blocked/predictions"):
         run(world, run_id="blocked", output=str(blocked))
-
-
-def test_attempts_at_a_shard_are_counted_from_one():
-    attempts = ShardAttempts()
-    assert [attempts.begin("decode", 7) for _ in range(MAX_DEATHS)] == [1, 2, 3]
-    assert attempts.begin("decode", 8) == attempts.begin("predict", 7) == 1
-
-
-def test_a_shard_that_was_done_is_not_to_blame_for_what_ends_its_task_but_not_for_ever():
-    attempts = ShardAttempts()
-    for _ in range(10):
-        assert attempts.begin("all", 7) == 1
-        attempts.end("all", 7)
-    assert attempts.begin("all", 7) > MAX_DEATHS
 
 
 @pytest.mark.ray

@@ -1,0 +1,28 @@
+"""How often each shard was begun: what tells a shard that kills its process from one that is merely unlucky.
+
+Kept apart from the graph: the process that counts starts beside the actors', and what it need not import they need not
+wait for.
+"""
+
+from collections import Counter
+
+MAX_DEATHS = 3
+_MOST_BEGINNINGS = 10  # of a shard, done or not: what dies after a shard is done must not go on for ever either
+
+
+class ShardAttempts:
+    """How often each shard was begun in this flow; one actor, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[tuple[str, int]] = Counter()
+        self._done: Counter[tuple[str, int]] = Counter()
+
+    def begin(self, stage: str, shard_id: int) -> int:
+        """The number of this attempt at a stage of the shard, from 1, those not counted at which it was done."""
+        key = (stage, shard_id)
+        self._begun[key] += 1
+        return self._begun[key] - (self._done[key] if self._begun[key] <= _MOST_BEGINNINGS else 0)
+
+    def end(self, stage: str, shard_id: int) -> None:
+        """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""
+        self._done[stage, shard_id] += 1

@@ -1,0 +1,23 @@
+import subprocess
+import sys
+
+from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
+
+
+def test_attempts_at_a_shard_are_counted_from_one():
+    attempts = ShardAttempts()
+    assert [attempts.begin("decode", 7) for _ in range(MAX_DEATHS)] == [1, 2, 3]
+    assert attempts.begin("decode", 8) == attempts.begin("predict", 7) == 1
+
+
+def test_a_shard_that_was_done_is_not_to_blame_for_what_ends_its_task_but_not_for_ever():
+    attempts = ShardAttempts()
+    for _ in range(10):
+        assert attempts.begin("all", 7) == 1
+        attempts.end("all", 7)
+    assert attempts.begin("all", 7) > MAX_DEATHS
+
+
+def test_the_process_that_counts_imports_neither_torch_nor_ray_data():
+    code = "import sys; import pipeline.inference.attempts; print({'torch', 'ray', 'pandas'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
