@@ -60,7 +60,10 @@ def main(config: CompileConfig) -> dict[str, Any]:
         _refuse_unfit([node for node in nodes if node.gpus or device == "cpu"], config.cpus_per_actor)
         threads = {"env_vars": {"OMP_NUM_THREADS": str(config.cpus_per_actor)}}
         options = {"num_cpus": config.cpus_per_actor, "num_gpus": int(device == "cuda"), "runtime_env": threads}
-        return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device)))
+        try:
+            return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device)))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
 
 
 def compile_here(config: CompileConfig, uri: str, device_type: Device) -> dict[str, Any]:

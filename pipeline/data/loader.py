@@ -24,6 +24,8 @@ Decode: TypeAlias = Callable[[bytes], torch.Tensor]
 DecodeGroup: TypeAlias = Callable[[Sequence[bytes]], list[torch.Tensor | ImageError]]
 View: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Makes a decoded image, uint8 3×H×W, ready to be stacked, as `Preprocessing.apply` does."""
+Loaded: TypeAlias = list[torch.Tensor] | ImageError
+"""An image in all its views, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +89,13 @@ def load_batches_on_gpu(
     log: LoadLog,
 ) -> Iterator[Batch]:
     """The batches of `load_batches`, decoded and preprocessed some at a time on `device`, where their pixels are."""
-    return _gather(_load_groups(_timed(encoded, log), decode_group, views, device, log), batch_size, log, False)
-
-
-Loaded: TypeAlias = list[torch.Tensor] | ImageError
-"""An image in all its views, or why there is none."""
+    loaded = _load_groups(_timed(encoded, log), decode_group, views, device, log)
+    for batch in _gather(loaded, batch_size, log, pin_memory=False):
+        start = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams may now read the pixels
+        log.decode_s += time.perf_counter() - start
+        yield batch
 
 
 def _adding_seconds(loaded: Iterable[tuple[Loaded, float]], log: LoadLog) -> Iterator[Loaded]:
@@ -112,8 +116,6 @@ def _load_groups(
         decoded = iter(decode_group([item for item in group if not isinstance(item, ImageError)]))
         items = [item if isinstance(item, ImageError) else next(decoded) for item in group]
         loaded = [item if isinstance(item, ImageError) else _view_on(device, item, views) for item in items]
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams may now read the pixels
         log.decode_s += time.perf_counter() - start
         yield from loaded
 
