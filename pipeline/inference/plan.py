@@ -150,8 +150,9 @@ def read_run(output_uri: str, run_id: str) -> Run:
 
 
 def list_run_ids(output_uri: str) -> list[str]:
-    """The runs under an output, by name."""
-    return storage.list_folders(storage.join(output_uri, "_runs"))
+    """The runs under an output that were begun, by name; one that was only estimated was not."""
+    names = storage.list_folders(storage.join(output_uri, "_runs"))
+    return [name for name in names if storage.exists(_plan_uri(run_uri(output_uri, name)))]
 
 
 def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Run:

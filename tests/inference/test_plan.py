@@ -46,6 +46,14 @@ def test_planning_writes_nothing(world):
     assert "untouched" not in list_run_ids(plan.run.output_uri)
 
 
+def test_what_was_only_estimated_is_no_run(world):
+    run = plan_of(world, run_id="estimated").run
+    storage.write(storage.join(run.uri, "estimate.json"), b"{}")
+    record(world, run_id="begun")
+    assert "begun" in list_run_ids(run.output_uri)
+    assert "estimated" not in list_run_ids(run.output_uri)
+
+
 def test_the_same_command_is_the_same_run_and_another_is_another(world):
     first = plan_of(world).run.run_id
     assert plan_of(world).run.run_id == first
