@@ -1,9 +1,9 @@
 """Kill anything at any moment, run the same command again: no row lost, none twice, the same bytes.
 
-Each kill strikes `python -m jobs.predict` on a cluster of two nodes at a random moment: SIGKILL of the driver, of an
-actor, of a raylet with its node, SIGTERM of the job. A run is started again until it ends by itself; then `jobs.verify`
-proves it and every table file is compared with an undisturbed run's. Runs follow one another until `KILLS`
-(environment; default 4) kills have struck.
+Each kill strikes `python -m jobs.predict`, its network compiled, on a cluster of two nodes at a random moment: SIGKILL
+of the driver, of an actor, of a raylet with its node, SIGTERM of the job. A run is started again until it ends by itself;
+then `jobs.verify` proves it and every table file is compared with an undisturbed run's. Runs follow one another until
+`KILLS` (environment; default 4) kills have struck.
 
     KILLS=60 python -m pytest -s tests/integration/test_kills.py
 """
@@ -81,6 +81,7 @@ def test_after_any_kills_a_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path,
     draw_set(tmp_path / "images", num_images=NUM_IMAGES, seed=3, num_broken=20)
     list_images(tmp_path / "images", tmp_path / "manifest", shard_size=SHARD_SIZE)
     make_bundle(tmp_path / "registry")
+    run_job("compile", registry=tmp_path / "registry", bundle="tiny", agreement__min_top1=0)
     log = tmp_path / "stderr.log"
 
     def say(text: str) -> None:
@@ -90,6 +91,7 @@ def test_after_any_kills_a_rerun_gives_the_bytes_of_an_undisturbed_run(tmp_path,
     def command(output: Path) -> list[str]:
         fields = {"manifest": tmp_path / "manifest", "registry": tmp_path / "registry", "output": output}
         fields |= {"bundles": "tiny", "run_id": "killed", "compute.actors": 2, "compute.cpus_per_actor": 1}
+        fields |= {"compute.compile": "always", "compute.agreement.min_top1": 0}
         flags = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
         tables = ["--tables.names", "predictions", "--tables.names", "embeddings"]
         return [sys.executable, "-m", "jobs.predict", *flags, *tables]
