@@ -79,7 +79,7 @@ def plain_jpeg_header(data: bytes, *, max_pixels: int, shrink_to: int | None = N
     try:
         header = read_jpeg_header(data)
         _check_size(header.width, header.height, max_pixels)
-    except ImageError:
+    except Exception:  # `decode` says what is wrong
         return None
     return header if _is_plain(header, shrink_to) else None
 

@@ -116,6 +116,7 @@ def _load_groups(
         decoded = iter(decode_group([item for item in group if not isinstance(item, ImageError)]))
         items = [item if isinstance(item, ImageError) else next(decoded) for item in group]
         loaded = [item if isinstance(item, ImageError) else _view_on(device, item, views) for item in items]
+        del decoded, items  # as large as they were encoded, and the next group is about to come
         log.decode_s += time.perf_counter() - start
         yield from loaded
 

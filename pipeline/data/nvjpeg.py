@@ -1,20 +1,38 @@
 """JPEGs decoded on an NVIDIA GPU, many at a time: nvJPEG, behind torchvision's operator.
 
-What it is not for goes through `images.decode` on the CPU: other formats, CMYK, reduced and very large images, all that
-is damaged, and every image of a group of which nvJPEG refuses one. So what becomes an error is what would on CPUs. The
+What it is not for goes through `images.decode` on the CPU: other formats, CMYK and RGB JPEGs, reduced and very large
+images, whatever is damaged, and each image that nvJPEG refuses. So nothing becomes an error that would not on CPUs. The
 pixels are not quite the same: nvJPEG transforms and upsamples in its own arithmetic.
 """
 
-from collections.abc import Sequence
+import io
+import logging
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+from PIL import Image
 
 from pipeline import storage
 from pipeline.data import images
-from pipeline.errors import ImageError
+from pipeline.data.jpeg import JpegHeader
+from pipeline.errors import ImageError, RunError
 
-_MOST_PIXELS = 2**24  # of an image: 50 MB decoded, and a group's images are there at once
+_MOST_PIXELS = 2**24  # of an image
+_MOST_PIXELS_AT_ONCE = 2**26  # 200 MB decoded
+
+logger = logging.getLogger(__name__)
+
+
+def require(device: torch.device) -> None:
+    """Decode an image, which also makes nvJPEG ready. Raises RunError where it does not work here."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        _decode_jpegs([file.getvalue()], device)
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise RunError(f"nvJPEG does not work on this node: {said}; set compute.decode to cpu") from error
 
 
 def decode_group(
@@ -22,27 +40,64 @@ def decode_group(
 ) -> list[torch.Tensor | ImageError]:
     """Each image as `images.decode` gives it, uint8 3×H×W, on `device` or else on the CPU; or its refusal."""
     read_header = partial(images.plain_jpeg_header, max_pixels=min(max_pixels, _MOST_PIXELS), shrink_to=shrink_to)
-    headers = {index: header for index, data in enumerate(encoded) if (header := read_header(data))}
-    decoded = _decode_jpegs([encoded[index] for index in headers], device) if headers else []
-    found: dict[int, torch.Tensor | ImageError] = {
-        index: images.upright(pixels, header.orientation)
-        for (index, header), pixels in zip(headers.items(), decoded, strict=False)  # none where one was refused
-    }
+    headers = {index: header for index, data in enumerate(encoded) if (header := read_header(data)) is not None}
+    found: dict[int, torch.Tensor | ImageError] = {}
+    for part in _parts({index: header for index, header in headers.items() if not header.is_rgb}):
+        pixels = _decode_or_none([encoded[index] for index in part], device)
+        decoded = {index: image for index, image in zip(part, pixels, strict=True) if image is not None}
+        found |= {index: images.upright(image, headers[index].orientation) for index, image in decoded.items()}
     others = [index for index in range(len(encoded)) if index not in found]
     decode = partial(_decode_or_refuse, max_pixels=max_pixels, shrink_to=shrink_to)
     found |= zip(others, storage.map_concurrently(decode, (encoded[i] for i in others), num_threads), strict=True)
     return [found[index] for index in range(len(encoded))]
 
 
-def _decode_jpegs(encoded: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
-    """All of them, or none. A GPU that has failed for good fails again at what comes next, so no fault is hidden."""
+def _parts(headers: dict[int, JpegHeader]) -> Iterator[list[int]]:
+    """The images in their order, cut so that no part has more pixels than are to be in memory at once."""
+    part: list[int] = []
+    num_pixels = 0
+    for index, header in headers.items():
+        num_pixels += header.width * header.height
+        if part and num_pixels > _MOST_PIXELS_AT_ONCE:
+            yield part
+            part, num_pixels = [], header.width * header.height
+        part.append(index)
+    if part:
+        yield part
+
+
+def _decode_or_none(encoded: Sequence[bytes], device: torch.device) -> Sequence[torch.Tensor | None]:
+    """The pixels of each, None for those that nvJPEG refuses, which are found by halving: it takes all or none.
+
+    A GPU that has failed for good raises here, so that it makes no error rows and is not taken for an image's fault.
+    """
     try:
-        decoded: list[torch.Tensor] = torch.ops.image.decode_jpegs_cuda(
-            [images.as_tensor(data) for data in encoded], images.RGB, device
-        )
-    except RuntimeError:  # of one damaged image, or of memory that is short
-        return []
+        return _decode_jpegs(encoded, device)
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+    _settle(device)
+    if len(encoded) == 1:
+        logger.warning("an image is decoded on the CPU, for nvJPEG refuses it: %s", said)
+        return [None]
+    half = len(encoded) // 2
+    return [*_decode_or_none(encoded[:half], device), *_decode_or_none(encoded[half:], device)]
+
+
+def _decode_jpegs(encoded: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
+    # nvJPEG writes on streams of its own without waiting for this one's, where kernels may still read what the
+    # allocator now gives to it (pytorch/vision issue 9606).
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    tensors = [images.as_tensor(data) for data in encoded]
+    decoded: list[torch.Tensor] = torch.ops.image.decode_jpegs_cuda(tensors, images.RGB, device)
     return decoded
+
+
+def _settle(device: torch.device) -> None:
+    """What a refused call began has ended, and the memory it may have lacked is free."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def _decode_or_refuse(data: bytes, max_pixels: int, shrink_to: int | None) -> torch.Tensor | ImageError:

@@ -53,8 +53,8 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks; auto takes GPUs where the cluster has any."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where JPEGs are decoded; auto: on GPUs where there are fewer than two CPUs to each. A GPU's pixels are not quite
-    a CPU's."""
+    """Where JPEGs are decoded; gpu: by the GPUs that predict, in the fused form; auto: so where an actor has a single
+    CPU beside its GPU. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
     precision: AskedPrecision = "auto"

@@ -4,7 +4,7 @@
     split   shards ──► CPU task: fetch, decode ──► actor: predict, write ──► receipts    many CPUs feeding a GPU
 
 The driver turns receipts into commits. Ray retries what dies; `ShardAttempts` counts the deaths, so that a shard that
-kills its process is retried with isolated decoding, and given up by name after three.
+kills its process is retried with isolated decoding (where GPUs decode: at last), and given up by name after three.
 """
 
 import json
@@ -54,6 +54,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     start = time.monotonic()
     layout = choose_layout(nodes, config.compute, manifest.num_shards)
     plan = make_plan(config, manifest, models, layout)
+    layout = replace(layout, decode=plan.run.decode)  # an earlier attempt's
     if config.dry_run:
         return {"status": "dry run", **_describe(plan, layout)}
     if config.plan:

@@ -26,6 +26,11 @@ class Layout:
     decode: Literal["cpu", "gpu"] = "cpu"
 
     @property
+    def can_decode_on_gpus(self) -> bool:
+        """Whether those who decode have GPUs."""
+        return self.device == "cuda" and self.form == "fused"
+
+    @property
     def stages_on_gpu(self) -> tuple[Stage, ...]:
         """What an image takes a GPU's time for."""
         if self.device == "cpu":
@@ -65,19 +70,18 @@ def _cpus_to_a_shard(nodes: Sequence[Node], total: int, num_shards: int) -> int:
 
 def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    has_cpus_to_decode = cpus >= 2 * gpus
     form = compute.form
     if form == "auto":
-        form = "split" if has_cpus_to_decode and compute.decode != "gpu" else "fused"
-    decode = compute.decode
-    if decode == "auto":
-        decode = "cpu" if form == "split" or has_cpus_to_decode else "gpu"
+        form = "split" if cpus >= 2 * gpus and compute.decode != "gpu" else "fused"
     # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
     share = 0 if form == "split" else max(1, min(node.cpus // node.gpus for node in nodes if node.gpus))
     size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
     fitting = sum(min(node.gpus, node.cpus // size if size else node.gpus) for node in nodes)
     if form == "split":
         fitting = _leaving_one_cpu(fitting, size, cpus)
+    decode = compute.decode
+    if decode == "auto":
+        decode = "gpu" if form == "fused" and size < 2 else "cpu"  # one CPU decodes a fraction of what any GPU predicts
     num_actors = _num_actors(fitting, compute, num_shards, f"1 GPU and {size} CPUs each", nodes)
     return Layout(form, "cuda", num_actors, size, 1, decode)
 

@@ -78,6 +78,7 @@ class Run(BaseModel):
             "models": json.dumps({model.name: model.digest for model in self.models}),
             "preprocessing": json.dumps({model.name: model.preprocessing_digest for model in self.models}),
             "embedding_size": json.dumps({model.name: model.embedding_size for model in self.models}),
+            **({"decoded_on": "gpu"} if self.decode == "gpu" else {}),
         }
 
 
@@ -110,7 +111,8 @@ def resolve_inputs(config: PredictConfig) -> tuple[Manifest, tuple[Model, ...]]:
 def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Plan:
     """The plan of `config` in `layout`: a new run's, or what an earlier attempt left over. Writes nothing.
 
-    A run keeps the number of torch threads it began with, whatever the cluster offers now, and how it computes.
+    A run keeps the number of torch threads it began with, whatever the cluster offers now, how it computes, and, as far
+    as the layout can, where it decodes.
 
     Raises ConfigError where the run exists with another config, naming the fields.
     """
@@ -123,6 +125,8 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
         kept["batch_size"] = earlier.batch_size
     if config.compute.compile == config.compute.precision == "auto":
         kept |= {"compile": earlier.compile, "precision": earlier.precision}
+    if config.compute.decode == "auto" and (earlier.decode == "cpu" or layout.can_decode_on_gpus):
+        kept["decode"] = earlier.decode
     run = run.model_copy(update=kept)
     _refuse_change(earlier, run)
     return Plan(run, manifest, committed_shard_ids(run.uri))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import storage
+from pipeline.data import nvjpeg
 from pipeline.data.loader import Batch
 from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import Preprocessing
@@ -68,7 +69,7 @@ class Predictor:
 
     `preprocessings` are the distinct ones among the bundles: a batch carries one pixel tensor for each, so that bundles
     that agree share theirs. A network that is compiled on first use is tried on images of the manifest. Raises
-    BundleError.
+    BundleError, and RunError where GPUs are to decode and this one cannot.
     """
 
     def __init__(self, run: Run, manifest: Manifest) -> None:
@@ -81,6 +82,8 @@ class Predictor:
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
+        if run.decode == "gpu":
+            nvjpeg.require(self._device)
         choices = networks.decide(run, manifest)
         self.computed_in = json.dumps({name: str(choice) for name, choice in choices.items()})
         self._programs = [

@@ -11,17 +11,19 @@ from PIL import Image
 from pipeline.data import images, nvjpeg
 from pipeline.data.loader import LoadLog, load_batches, load_batches_on_gpu
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, RunError
 
 CPU = torch.device("cpu")
 MAX_PIXELS = 100_000
 PREPROCESSING = Preprocessing(resize_size=16, crop_size=16)
 
 
-def encoded(format: str, mode: str = "RGB", orientation: int = 1, size: tuple[int, int] = (40, 30)) -> bytes:
+def encoded(
+    format: str, mode: str = "RGB", *, orientation: int = 1, size: tuple[int, int] = (40, 30), **options: object
+) -> bytes:
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    Image.linear_gradient("L").resize(size).convert(mode).save(file, format, exif=exif)
+    Image.linear_gradient("L").resize(size).convert(mode).save(file, format, exif=exif, **options)
     return file.getvalue()
 
 
@@ -32,6 +34,7 @@ PLAIN = {
 }
 OTHERS = {
     "cmyk": encoded("JPEG", "CMYK"),
+    "not YCbCr": encoded("JPEG", keep_rgb=True),
     "png": encoded("PNG"),
     "large": encoded("JPEG", size=(400, 300)),
     "truncated": encoded("JPEG")[:-20],
@@ -98,19 +101,67 @@ def test_the_gpu_is_given_whole_undamaged_jpegs_alone(operator):
     assert operator.seen == []
 
 
-def test_a_group_that_the_gpu_refuses_is_decoded_on_the_cpu(operator):
+def test_an_image_that_the_gpu_refuses_is_decoded_on_the_cpu_and_its_neighbours_are_not(operator, monkeypatch):
     operator.damaged = PLAIN["grayscale"]
-    found = decode_group(list(ALL.values()))
-    assert operator.seen
-    assert all(is_same(one, decode_alone(data)) for one, data in zip(found, ALL.values(), strict=True))
+    on_cpu = []
+    monkeypatch.setattr(nvjpeg, "_decode_or_refuse", lambda data, **_: on_cpu.append(data) or decode_alone(data))
+    group = [PLAIN["jpeg"], PLAIN["rotated"], PLAIN["grayscale"], PLAIN["jpeg"]]
+    found = decode_group(group)
+    assert on_cpu == [PLAIN["grayscale"]]
+    assert all(is_same(one, decode_alone(data)) for one, data in zip(found, group, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine that nvJPEG does not run on")
-def test_torchvisions_operator_is_called_as_it_wants_to_be():
+def test_torchvisions_operator_is_the_one_that_is_called():
     schema = torch.ops.image.decode_jpegs_cuda.default._schema
     assert [str(argument.type) for argument in schema.arguments] == ["List[Tensor]", "int", "Device"]
-    found = nvjpeg.decode_group([PLAIN["jpeg"]], device=torch.device("cuda"), num_threads=1, max_pixels=MAX_PIXELS)
-    assert torch.equal(found[0], decode_alone(PLAIN["jpeg"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_node_on_which_nvjpeg_does_not_work_says_so_before_any_image_is_taken():
+    with pytest.raises(RunError, match=r"nvJPEG does not work on this node: .*; set compute.decode to cpu"):
+        nvjpeg.require(torch.device("cuda"))
+
+
+def test_a_gpu_that_fails_for_good_stops_the_work_and_makes_no_error_rows(operator, monkeypatch):
+    def settle(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(nvjpeg, "_settle", settle)
+    operator.damaged = PLAIN["jpeg"]
+    log = LoadLog()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(
+            load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [PREPROCESSING.apply], batch_size=1, device=CPU, log=log)
+        )
+    assert log.errors == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_pixels_come_near_those_of_a_cpu_and_are_the_same_every_time():
+    gpu = torch.device("cuda")
+    nvjpeg.require(gpu)
+    group = [encoded("JPEG", size=(200 + 3 * number, 150)) for number in range(200)] + list(ALL.values())
+    options = {"device": gpu, "num_threads": 2, "max_pixels": MAX_PIXELS}
+    first, again = nvjpeg.decode_group(group, **options), nvjpeg.decode_group(group, **options)
+    assert first[0].is_cuda
+    for one, same, data in zip(first, again, group, strict=True):
+        assert is_same(one, same)
+        if isinstance(one, torch.Tensor):
+            assert (one.cpu().int() - decode_alone(data).int()).abs().max() <= 8
+
+
+def test_parts_of_a_group_have_no_more_pixels_than_fit(monkeypatch, operator):
+    monkeypatch.setattr(nvjpeg, "_MOST_PIXELS_AT_ONCE", 2 * 40 * 30)
+    calls = []
+    monkeypatch.setattr(
+        nvjpeg,
+        "_decode_jpegs",
+        lambda part, device: (
+            calls.append(len(part)) or operator([images.as_tensor(data) for data in part], images.RGB, device)
+        ),
+    )
+    assert len(decode_group([PLAIN["jpeg"]] * 5)) == 5
+    assert calls == [2, 2, 1]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

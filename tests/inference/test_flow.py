@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.cluster import Node
 from pipeline.errors import RunError
-from pipeline.inference.flow import predict
+from pipeline.inference.flow import predict, should_isolate
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
 from pipeline.tables import open_table
-from tests.worlds import config_of, make_world, run_without_ray
+from tests.worlds import config_of, make_world, plan_of, run_without_ray
 
 NODES = [Node(cpus=2)]
 TABLES = {"names": ["predictions", "embeddings"]}
@@ -115,3 +115,11 @@ def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
 def test_the_driver_does_without_torch():
     imports = "import sys, jobs.predict, jobs.verify, pipeline.inference.flow; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("decode", "isolated_from"), [("cpu", 2), ("gpu", 3)])
+def test_decoding_is_isolated_after_a_death_and_where_gpus_decode_at_last(world, decode, isolated_from):
+    run = plan_of(world, run_id="isolated").run.model_copy(update={"decode": decode})
+    assert [should_isolate(run, attempt) for attempt in (1, 2, 3)] == [
+        attempt >= isolated_from for attempt in (1, 2, 3)
+    ]

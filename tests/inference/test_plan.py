@@ -96,6 +96,12 @@ def test_a_run_that_gpus_decoded_is_not_gone_on_with_by_cpus(world):
     record_run(plan, config)
     with pytest.raises(ConfigError, match=r"decode.*gpu"):
         plan_of(world, run_id="nvjpeg")
+    on_gpus = replace(ONE_ACTOR, device="cuda")
+    assert plan.run.lineage["decoded_on"] == "gpu"
+    config = config_of(world, run_id="on-cpus", compute={"device": "cuda"})
+    record_run(make_plan(config, *resolve_inputs(config), on_gpus), config)
+    resumed = make_plan(config, *resolve_inputs(config), replace(on_gpus, decode="gpu"))
+    assert resumed.run.decode == "cpu"  # CPUs were enough then, and still can
 
 
 def test_a_run_may_go_on_with_moved_bundles_and_fetch_harder(world, tmp_path):

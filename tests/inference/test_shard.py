@@ -7,15 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.data import nvjpeg
 from pipeline.data.images import decode
 from pipeline.data.loader import Batch, LoadLog, load_batches, sample_pixels
 from pipeline.data.manifest import Shard
 from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
-from pipeline.inference.predictor import Predictor
+from pipeline.inference.predictor import Predictor, distinct_preprocessings
 from pipeline.inference.shard import DecodedShard, load_shard, predict_shard
-from pipeline.models.bundle import load_network
+from pipeline.models.bundle import Bundle, load_network
 from pipeline.tables import open_table
 from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
 
@@ -119,6 +120,27 @@ def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
     for before, after in zip(streamed, handed_over.batches(3), strict=True):
         assert before.rows == after.rows
         assert all(torch.equal(a, b) for a, b in zip(before.pixels, after.pixels, strict=True))
+
+
+def test_where_gpus_decode_a_shard_is_theirs_unless_its_process_died(world, monkeypatch):
+    plan = plan_of(world)
+    run = plan.run.model_copy(update={"decode": "gpu"})
+    shard, preprocessings = next(plan.pending_shards()), distinct_preprocessings([Bundle.load(plan.run.models[0].uri)])
+    groups = []
+
+    def decode_group(encoded, *, device, num_threads, max_pixels, shrink_to):
+        groups.append(len(encoded))
+        return [nvjpeg._decode_or_refuse(data, max_pixels, shrink_to) for data in encoded]
+
+    monkeypatch.setattr(nvjpeg, "decode_group", decode_group)
+    found = {}
+    for name, isolated in (("gpu", False), ("child", True)):
+        log = LoadLog()
+        options = {"num_threads": 1, "isolated": isolated, "log": log}
+        batches = list(load_shard(run, plan.manifest, shard, preprocessings, **options))
+        found[name] = ([batch.rows for batch in batches], sorted(log.errors))
+    assert groups == [shard.num_images]
+    assert found["gpu"] == found["child"]
 
 
 def test_a_network_that_answers_nan_makes_error_rows(world, monkeypatch):

@@ -1,9 +1,9 @@
 """Kill anything at any moment, run the same command again: no row lost, none twice, the same bytes.
 
 Each kill strikes `python -m jobs.predict`, its network compiled, on a cluster of two nodes at a random moment: SIGKILL
-of the driver, of an actor, of a raylet with its node, SIGTERM of the job. A run is started again until it ends by itself;
-then `jobs.verify` proves it and every table file is compared with an undisturbed run's. Runs follow one another until
-`KILLS` (environment; default 4) kills have struck.
+of the driver, of an actor, of a raylet with its node, SIGTERM of the job. A run is started again until it ends by
+itself; then `jobs.verify` proves it and every table file is compared with an undisturbed run's. Runs follow one another
+until `KILLS` (environment; default 4) kills have struck.
 
     KILLS=60 python -m pytest -s tests/integration/test_kills.py
 """
