@@ -92,7 +92,7 @@ def compile_network(network: Network, preprocessing: Preprocessing, target: Targ
     """AOTInductor's package of `network` (CPU, float32, eval mode, left as it is) for `target`, which must be here."""
     from torch._inductor import aoti_compile_and_package
 
-    whole = _Whole(_folded(network), preprocessing, dtype_of(target.precision))
+    whole = _Whole(network, preprocessing, dtype_of(target.precision))
     whole = whole.to(target.device).to(memory_format=torch.channels_last)
     shape = (target.batch_size, 3, target.crop_size, target.crop_size)
     example = torch.zeros(shape, dtype=torch.uint8, device=target.device).contiguous(memory_format=torch.channels_last)
@@ -129,16 +129,19 @@ def draw_samples(crop_size: int, num_images: int = NUM_SAMPLES) -> Tensor:
 
 
 class _Whole(nn.Module):
-    """Normalisation, network and casts in one graph."""
+    """Normalisation, network and casts in one graph.
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, dtype: torch.dtype) -> None:
+    The head computes in float32: of 16 bits, logits would be equal that are merely close, and it costs nothing.
+    """
+
+    def __init__(self, network: Network, preprocessing: Preprocessing, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = network.to(dtype)
+        self.trunk, self.head = _folded(network.trunk).to(dtype), copy.deepcopy(network.head)
         self._preprocessing, self._dtype = preprocessing, dtype
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, embedding = self.network(self._preprocessing.normalise(pixels).to(self._dtype))
-        return logits.float(), embedding.float()
+        embedding = self.trunk(self._preprocessing.normalise(pixels).to(self._dtype)).float()
+        return self.head(embedding), embedding
 
 
 def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None) -> tuple[Record, bytes]:
@@ -183,15 +186,15 @@ def _open(package: bytes, target: Target) -> Program:
     return run
 
 
-def _folded(network: Network) -> nn.Module:
+def _folded(trunk: nn.Module) -> nn.Module:
     """A copy whose batch norms are part of the convolutions before them, in float32, where tracing finds them."""
     from torch.fx.experimental.optimization import fuse
 
     try:
-        folded: nn.Module = fuse(network)
+        folded: nn.Module = fuse(trunk)
     except Exception:  # control flow that cannot be traced; inductor folds what it finds
         logger.info("batch norms stay where they are", exc_info=True)
-        return copy.deepcopy(network)
+        return copy.deepcopy(trunk)
     return folded
 
 
