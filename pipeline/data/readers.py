@@ -23,6 +23,7 @@ from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, 
 _TAR_CHUNK_BYTES = 8 << 20
 _TAR_CHUNKS_AT_ONCE = 2  # and as many again read ahead
 _PACKED_ROWS = 32
+_PACKED_READ_BYTES = 8 << 20  # of a request: the store's answer should take little beside the bytes
 
 
 class ReadLimits(Section):
@@ -148,7 +149,7 @@ def _read_row_group(shard: Shard) -> Iterator[tuple[str, bytes]]:
     assert shard.source is not None
     _refuse_changed(shard, storage.head(shard.source).etag)
     with storage.open_file(shard.source) as file:
-        table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        table = pq.ParquetFile(file, buffer_size=_PACKED_READ_BYTES, pre_buffer=False)
         batches = table.iter_batches(_PACKED_ROWS, row_groups=[shard.source_row_group], columns=["uri", "bytes"])
         for batch in batches:
             for uri, data in zip(batch["uri"], batch["bytes"], strict=True):
