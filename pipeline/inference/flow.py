@@ -41,7 +41,7 @@ from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
 _COMMITS_IN_FLIGHT = 16
-_MOST_TASKS = 10_000  # Ray Data starts some hundred a second, and keeps some kilobytes of each
+_MOST_TASKS = 4_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
