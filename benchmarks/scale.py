@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from benchmarks.manifest_scale import make_bundle, measure
 from jobs import connected_ray
+from pipeline import storage
 from pipeline.data.manifest import write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
 from pipeline.inference import flow
@@ -169,7 +170,7 @@ def withdraw(folder: str, number: int) -> int:
 
 
 def verify(folder: str) -> int:
-    recorded = read_run(f"{folder}/tables", "scale")
+    recorded = read_run(storage.normalise(f"{folder}/tables"), "scale")
     faults = list(find_faults(recorded))
     assert not faults, faults[:3]
     return recorded.num_images
