@@ -19,7 +19,7 @@ from pipeline.data.jpeg import JpegHeader
 from pipeline.errors import ImageError, RunError
 
 _MOST_PIXELS = 2**24  # of an image
-_MOST_PIXELS_AT_ONCE = 2**26  # 200 MB decoded
+_MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; the images of a group stay, 3 GB at the most
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def decode_group(
 
 
 def _parts(headers: dict[int, JpegHeader]) -> Iterator[list[int]]:
-    """The images in their order, cut so that no part has more pixels than are to be in memory at once."""
+    """The images in their order, cut so that no part has more pixels than one call is to decode."""
     part: list[int] = []
     num_pixels = 0
     for index, header in headers.items():
