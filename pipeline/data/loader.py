@@ -162,7 +162,11 @@ def _sample(item: bytes | ImageError, decode: Decode, preprocessing: Preprocessi
 
 
 def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:
-    return _or_refusal(lambda: [view(image) for image in [decode(data)] for view in views])
+    def load() -> list[torch.Tensor]:
+        image = decode(data)
+        return [view(image) for view in views]
+
+    return _or_refusal(load)
 
 
 def _view_on(device: torch.device, image: torch.Tensor, views: Sequence[View]) -> Loaded:
