@@ -132,7 +132,10 @@ def _seconds(start: float) -> dict[str, float]:
 def config_of(folder: str) -> PredictConfig:
     places = {"manifest": "manifest", "registry": "registry", "output": "tables"}
     return PredictConfig(
-        bundles=["net"], run_id="scale", **{name: f"{folder}/{place}" for name, place in places.items()}
+        bundles=["net"],
+        run_id="scale",
+        compute={"compile": "never"},
+        **{name: f"{folder}/{place}" for name, place in places.items()},
     )
 
 

@@ -41,7 +41,8 @@ from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
 _COMMITS_IN_FLIGHT = 16
-_MOST_TASKS = 4_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
+_ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
+_TASKS_PER_WORKER = 32  # but a task's receipts come at its end, and a run's end waits for the last task
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
@@ -135,7 +136,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     if networks.should_compile_first(plan.run):
         compile_first(plan, layout)
     num_actors = min(layout.num_actors, len(shards))
-    dataset = shard_dataset(shards)
+    dataset = shard_dataset(shards, num_actors)
     worker = {"run": plan.run, "attempts": start_attempts()}
     if layout.form == "split":
         dataset = dataset.map_batches(decode_shard, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
@@ -161,11 +162,12 @@ def compile_first(plan: Plan, layout: Layout) -> None:
         raise RunError(_cause(error)) from error
 
 
-def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
+def shard_dataset(shards: Sequence[Shard], num_workers: int) -> ray.data.Dataset:
     """A dataset of one row for each shard: `shard_of` reads it back. A task takes one, of very many shards several."""
     _configure_ray_data()
     rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
-    return ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_TASKS))
+    most_tasks = max(_ENOUGH_TASKS, _TASKS_PER_WORKER * num_workers)
+    return ray.data.from_items(rows, override_num_blocks=min(len(rows), most_tasks))
 
 
 def receipts_of(dataset: ray.data.Dataset) -> Iterator[Receipt]:

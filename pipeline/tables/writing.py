@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -9,7 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import ImageError
-from pipeline.tables.schemas import TableName, schema
+from pipeline.tables.schemas import TABLES, TableName, schema
+
+_writers = ThreadPoolExecutor(len(TABLES), "write")  # kept: starting threads anew took as long as encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def write_shard(output_uri: str, run_id: str, shard_id: int, tables: Mapping[Tab
         storage.write(storage.join(output_uri, path), data)
         return WrittenFile.of(path, tables[table].num_rows, data)
 
-    return list(storage.map_concurrently(write, tables, len(tables)))
+    return list(storage.map_concurrently(write, tables, len(tables), pool=_writers))
 
 
 def errors_table(images: pa.Table, errors: Mapping[int, ImageError], lineage: dict[str, str]) -> pa.Table:

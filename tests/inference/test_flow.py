@@ -106,7 +106,8 @@ def test_what_stops_a_worker_stops_the_run_with_its_reason(world, local_ray):
 
 @pytest.mark.ray
 def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
-    monkeypatch.setattr("pipeline.inference.flow._MOST_TASKS", 2)
+    monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", 2)
+    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_WORKER", 1)
     summary = run(world, run_id="several")
     assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
     assert list(find_faults(read_run(summary["output"], "several"))) == []
