@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Convert: TypeAlias = Callable[[bytes], bytes]
 """From an image's encoded bytes to those that are packed. Raises ImageError."""
 
+_PAGE_BYTES = 1 << 20  # pages are what readers stream: the first image is there when the first page is
+_ROWS_BETWEEN_PAGES = 8  # the writer looks at the page's size only after so many; by default after 1,024
+
 FILE_SCHEMA = pa.schema([*LABELLED_SCHEMA, pa.field("bytes", pa.binary(), nullable=False)])
 
 
@@ -90,6 +93,8 @@ def encode(table: pa.Table) -> bytes:
         table,
         sink,
         row_group_size=max(table.num_rows, 1),
+        data_page_size=_PAGE_BYTES,
+        write_batch_size=_ROWS_BETWEEN_PAGES,
         compression={"uri": "zstd", "etag": "zstd"},
         use_dictionary=["label"],
         write_statistics=False,

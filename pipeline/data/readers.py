@@ -20,10 +20,10 @@ from pipeline.config import Section
 from pipeline.data.manifest import Shard
 from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, StorageError
 
-_TAR_CHUNK_BYTES = 8 << 20
-_TAR_CHUNKS_AT_ONCE = 2  # and as many again read ahead
+_TAR_CHUNK_BYTES = 4 << 20
+_TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
 _PACKED_ROWS = 32
-_PACKED_READ_BYTES = 8 << 20  # of a request: the store's answer should take little beside the bytes
+_PACKED_READ_BYTES = 4 << 20  # of a request: more would make the first image wait, fewer all of them
 
 
 class ReadLimits(Section):

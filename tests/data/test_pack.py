@@ -138,6 +138,27 @@ def test_a_file_is_one_row_group_whose_images_are_neither_compressed_nor_in_a_di
     assert pq.read_table(io.BytesIO(data)).equals(table)
 
 
+class Counted(io.BytesIO):
+    """Bytes that tell how many of them were read."""
+
+    num_read = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.num_read += len(data)
+        return data
+
+
+def test_the_first_images_of_a_large_shard_are_there_when_a_tenth_of_it_is_read():
+    num_images, num_bytes = 300, 100_000
+    contents = [bytes([index % 256]) * num_bytes for index in range(num_images)]
+    packed = pack(contents)
+    file = Counted(encode(packed.table))
+    batches = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False).iter_batches(8, columns=["bytes"])
+    assert next(batches)["bytes"].to_pylist() == contents[:8]
+    assert file.num_read < num_images * num_bytes / 10
+
+
 def test_a_shard_none_of_whose_images_could_be_packed_is_an_empty_table():
     packed = pack([GONE, GONE])
     assert pq.read_table(io.BytesIO(encode(packed.table))).num_rows == 0
