@@ -1,11 +1,11 @@
 """Four published CIFAR-10 ResNets over 10,000 loose JPEGs in an object store, all in one pass: their test errors.
 
-    python -m benchmarks.cifar_checkpoints --data ../shared/data --store s3://bucket [--precision bfloat16]
+    python -m benchmarks.cifar_checkpoints --data ../shared/data --store s3://bucket [--precision bfloat16|int8]
 
 DATA holds `cifar10-jpeg.tar.gz` and `cifar10-resnet-weights.tar`; the store is an empty prefix. Uploads, then runs the
 jobs as a user would, printing each command: manifest, import_model four times, one predict, verify. The errors come
 from the predictions table joined with the manifest's labels; exits 1 where one is further than TOLERANCE off. In
-float32 the networks run as they are, in bfloat16 compiled: what is lost by it is the difference.
+float32 the networks run as they are, otherwise compiled: what is lost by it is the difference.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two archives")
     parser.add_argument("--store", required=True, help="URI of an empty prefix")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--precision", choices=["float32", "bfloat16", "int8"], default="float32")
     arguments = parser.parse_args()
     store = storage.normalise(arguments.store)
     seconds = {"upload": upload(arguments.data, store)}

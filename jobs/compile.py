@@ -38,7 +38,8 @@ class CompileConfig(JobConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where the cluster has any."""
     precision: AskedPrecision = "auto"
-    """What the network computes in; auto: bfloat16 where the device has instructions for it, float32 elsewhere."""
+    """What the network computes in; auto: bfloat16 where the device has instructions for it, float32 elsewhere.
+    int8, on CPUs: its ranges are measured on the manifest's images too."""
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass, as in predict; unset: 16 on CPUs, 256 on GPUs."""
     cpus_per_actor: int = Field(1, ge=1)

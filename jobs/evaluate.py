@@ -22,7 +22,7 @@ from pipeline.data.readers import ReadLimits
 from pipeline.data.training_set import refuse_other_classes
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
-from pipeline.models.precision import AskedPrecision
+from pipeline.models.precision import AskedFloatPrecision
 from pipeline.training.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class EvaluateComputeConfig(Section):
     """Processes, one per GPU or group of CPUs. Unset: one per GPU, or one where there is none."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs of one; unset: a fair share of the smallest node."""
-    precision: AskedPrecision = "float32"
+    precision: AskedFloatPrecision = "float32"
     """Of the forward pass; float32 is that of predict in float32, not compiled. auto: bfloat16 on GPUs that have it."""
 
 

@@ -26,7 +26,7 @@ from pipeline.inference.networks import Choice
 from pipeline.inference.plan import Model, Run
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.compiler import Program, load
-from pipeline.models.precision import Precision, autocast_type, compute_repeatably
+from pipeline.models.precision import FloatPrecision, autocast_type, compute_repeatably
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -174,10 +174,11 @@ def _program(
 ) -> Program:
     if choice.is_compiled:
         return load(model.uri, networks.compiled_as_decided(run, manifest, model, choice))
+    assert choice.precision != "int8"
     return _eager(model.uri, bundle, device, choice.precision)
 
 
-def _eager(uri: str, bundle: Bundle, device: torch.device, precision: Precision) -> Program:
+def _eager(uri: str, bundle: Bundle, device: torch.device, precision: FloatPrecision) -> Program:
     network = load_network(uri).to(device).to(memory_format=torch.channels_last)
     dtype = autocast_type(precision, device)
 

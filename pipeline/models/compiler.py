@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pipeline import storage
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import BundleError, ObjectNotFoundError, StorageError
+from pipeline.models import int8
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network
 from pipeline.models.compiled import Agreement, Record, Target, find, package_uri, record_uri
@@ -55,8 +56,9 @@ def ensure(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None
     """The record of the bundle's compilation for `target`, which must be this machine's; compiles where there is none.
 
     `samples` gives preprocessed images, uint8 N×3×S×S, to measure the agreement on; without it, or where it gives none,
-    they are drawn. Of several who compile at once the first to end is right. Raises BundleError where it cannot be
-    compiled here or the registry takes no writes, StorageError where nothing can be read.
+    they are drawn, but not for int8, whose ranges are measured on half of them. Of several who compile at once the
+    first to end is right. Raises BundleError where it cannot be compiled here or the registry takes no writes,
+    StorageError where nothing can be read.
     """
     record = find(bundle_uri, target)
     if record is not None:
@@ -88,12 +90,19 @@ def load(bundle_uri: str, record: Record) -> Program:
         raise BundleError(f"{uri} cannot be loaded here: {error}; {remedy}") from error
 
 
-def compile_network(network: Network, preprocessing: Preprocessing, target: Target) -> bytes:
-    """AOTInductor's package of `network` (CPU, float32, eval mode, left as it is) for `target`, which must be here."""
+def compile_network(network: Network, preprocessing: Preprocessing, target: Target, pixels: Tensor) -> bytes:
+    """AOTInductor's package of `network` (CPU, float32, eval mode, left as it is) for `target`, which must be here.
+
+    `pixels`, uint8 N×3×S×S, are what int8's ranges are measured on.
+    """
     from torch._inductor import aoti_compile_and_package
 
     whole = _Whole(network, preprocessing, dtype_of(target.precision))
     whole = whole.to(target.device).to(memory_format=torch.channels_last)
+    if target.precision == "int8":
+        batches = (_padded(batch, target.batch_size) for batch in pixels.split(target.batch_size))
+        with torch.no_grad():
+            whole.trunk = int8.quantised(whole.trunk, (preprocessing.normalise(batch) for batch in batches))
     shape = (target.batch_size, 3, target.crop_size, target.crop_size)
     example = torch.zeros(shape, dtype=torch.uint8, device=target.device).contiguous(memory_format=torch.channels_last)
     options = {"freezing": True} | ({"cpp.threads": target.num_threads} if target.device == "cpu" else {})
@@ -150,11 +159,21 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
         compute_repeatably()  # so that what it is compared with is float32
     bundle, network = Bundle.load(bundle_uri), load_network(bundle_uri)
     pixels = samples() if samples else torch.empty(0)
-    if not len(pixels):
+    ranging = torch.empty(0)
+    if target.precision == "int8":
+        if target.device != "cpu" or len(pixels) < 2:
+            raise BundleError(
+                "precision int8: expected a CPU, and a manifest of images to measure ranges on, got device "
+                f"{target.device} and {len(pixels)} images"
+            )
+        ranging, pixels = pixels[::2], pixels[1::2]  # it must agree on others than it was fitted to
+    elif not len(pixels):
         pixels = draw_samples(target.crop_size)
     try:
-        package = compile_network(network, bundle.preprocessing, target)
+        package = compile_network(network, bundle.preprocessing, target, ranging)
         agreement = measure_agreement(network, bundle.preprocessing, _open(package, target), target, pixels)
+    except BundleError:
+        raise
     except Exception as error:  # compilers raise nearly everything
         logger.warning("%s does not compile", bundle_uri, exc_info=True)
         said = str(error).partition("\n")[0]
@@ -178,12 +197,16 @@ def _open(package: bytes, target: Target) -> Program:
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
         num_images = len(pixels)
-        if num_images < target.batch_size:
-            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, target.batch_size - num_images))
-        logits, embeddings = loader.run([pixels.contiguous(memory_format=torch.channels_last)])
+        logits, embeddings = loader.run([_padded(pixels, target.batch_size)])
         return logits[:num_images], embeddings[:num_images]
 
     return run
+
+
+def _padded(pixels: Tensor, batch_size: int) -> Tensor:
+    if len(pixels) < batch_size:
+        pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, batch_size - len(pixels)))
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def _folded(trunk: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What networks compute in: float32 that means float32, or a type of 16 bits where the hardware has it.
+"""What networks compute in: float32 that means float32, a type of 16 bits where the hardware has it, or 8-bit integers.
 
 Torch is not needed to say it, only to do it.
 """
@@ -12,7 +12,10 @@ from pipeline.config import Section
 if TYPE_CHECKING:
     import torch
 
-Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+FloatPrecision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Precision: TypeAlias = FloatPrecision | Literal["int8"]
+"""int8: compiled networks' on CPUs; never found by auto, for it may cost accuracy."""
+AskedFloatPrecision: TypeAlias = FloatPrecision | Literal["auto"]
 AskedPrecision: TypeAlias = Precision | Literal["auto"]
 """auto: found from the hardware."""
 
@@ -27,13 +30,13 @@ class AgreementLimits(Section):
 
 
 def dtype_of(precision: Precision) -> "torch.dtype":
-    """Torch's name of it."""
+    """Torch's name of it; of integers, that of what goes in and comes out."""
     import torch
 
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
 
 
-def autocast_type(precision: AskedPrecision, device: "torch.device") -> "torch.dtype | None":
+def autocast_type(precision: AskedFloatPrecision, device: "torch.device") -> "torch.dtype | None":
     """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"

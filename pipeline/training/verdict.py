@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle, load_network
-from pipeline.models.precision import AskedPrecision, autocast_type, compute_repeatably
+from pipeline.models.precision import AskedFloatPrecision, autocast_type, compute_repeatably
 from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
 from pipeline.tables import schemas
@@ -30,7 +30,7 @@ from pipeline.training.worker import Worker
 
 
 def judge_bundle(
-    bundle_uri: str, manifest_uri: str, setup: Setup, precision: AskedPrecision, worker: Worker
+    bundle_uri: str, manifest_uri: str, setup: Setup, precision: AskedFloatPrecision, worker: Worker
 ) -> Outcome:
     """The work of one rank; its device, threads and what it computes in go over those of `setup`.
 
@@ -57,7 +57,7 @@ class Verdict:
     bundle_uri: str
     manifest: Manifest
     protocol: Protocol
-    precision: AskedPrecision
+    precision: AskedFloatPrecision
     outcome: Outcome
 
     def summary(self) -> dict[str, Any]:

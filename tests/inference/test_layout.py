@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipeline.cluster import Node, choose_device
 from pipeline.errors import ConfigError
@@ -101,3 +102,9 @@ def test_a_cpu_layout_that_is_given_fits_the_cluster(cpus, form):
     reserved = 1 if layout.form == "split" else 0
     assert layout.num_actors <= sum(node.cpus // layout.cpus_per_actor for node in nodes)
     assert layout.num_actors * layout.cpus_per_actor + reserved <= sum(cpus)
+
+
+def test_integers_are_for_compiled_networks_only():
+    with pytest.raises(ValidationError, match="expected compile always with precision int8"):
+        ComputeConfig(precision="int8")
+    assert ComputeConfig(precision="int8", compile="always").precision == "int8"

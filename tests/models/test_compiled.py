@@ -31,7 +31,7 @@ def packages(monkeypatch):
     """What a compiler makes that makes nothing: a new package each time it is asked."""
     made = []
 
-    def compile_network(network, preprocessing, target):
+    def compile_network(network, preprocessing, target, pixels):
         made.append(f"package {len(made)}".encode())
         return made[-1]
 

@@ -1,0 +1,87 @@
+"""Networks in 8-bit integers: quantised before they are compiled, fitted to images, measured on others."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import BundleError
+from pipeline.models import compiler, int8
+from pipeline.models.bundle import Bundle
+from tests.worlds import make_bundle
+
+CPU = torch.device("cpu")
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no AVX-512 VNNI")
+
+
+class Block(nn.Module):
+    """A residual block as He et al.'s are written: one ReLU, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.relu(images + self.second(self.relu(self.first(images))))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+@needs_vnni
+def test_what_is_quantised_is_near_what_it_was_and_not_the_same(block):
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        ours, theirs = int8.quantised(block, [images, images.flip(3)])(images), block(images)
+    difference = float((ours - theirs).abs().mean() / theirs.abs().mean())
+    assert 0 < difference < 0.05
+
+
+@needs_vnni
+def test_every_convolution_becomes_one_of_integers(block):
+    with torch.no_grad():
+        graph = int8.quantised(block, [torch.randn(2, 3, 8, 8)]).graph
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert sum("dequantize_per_channel" in name for name in called) == 2  # the weights
+    assert sum(".quantize_per_tensor" in name for name in called) >= 2  # what goes into them
+
+
+def test_a_cpu_without_its_instructions_is_told(block, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(BundleError, match="expected a CPU with AVX-512 VNNI"):
+        int8.quantised(block, [torch.zeros(1, 3, 8, 8)])
+
+
+def test_a_missing_torchao_is_told(block, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantize_pt2e", None)
+    with pytest.raises(BundleError, match=r"int8 needs the package torchao to compile .*install it"):
+        int8.quantised(block, [torch.zeros(1, 3, 8, 8)])
+
+
+def test_without_images_there_are_no_ranges(tmp_path):
+    uri = make_bundle(tmp_path)
+    target = compiler.target_here(Bundle.load(uri), CPU, "int8", batch_size=4, num_threads=1)
+    with pytest.raises(BundleError, match="manifest of images to measure ranges on, got device cpu and 0 images"):
+        compiler.ensure(uri, target)
+
+
+@pytest.mark.slow
+@needs_vnni
+def test_it_is_compiled_and_agrees_on_images_that_it_was_not_fitted_to(tmp_path):
+    uri = make_bundle(tmp_path)
+    target = compiler.target_here(Bundle.load(uri), CPU, "int8", batch_size=4, num_threads=1)
+    record = compiler.ensure(uri, target, lambda: compiler.draw_samples(32, 17))
+    assert record.agreement.num_images == 8
+    assert 0.99 < record.agreement.cosine < 1
+    program, pixels = compiler.load(uri, record), compiler.draw_samples(32, 4)
+    with torch.inference_mode():
+        logits, embeddings = program(pixels)
+        alone, _ = program(pixels[:1])
+    assert (logits.dtype, embeddings.dtype, len(alone)) == (torch.float32, torch.float32, 1)
+    torch.testing.assert_close(alone, logits[:1])
