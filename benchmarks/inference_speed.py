@@ -1,10 +1,11 @@
 """Classification end to end, fetch to committed tables, beside what one writes without this package, on this machine.
 
     python -m benchmarks.inference_speed --images ../shared/data/imagenet-sample-700.tar --daft-python PATH
-        [--architectures resnet18 resnet50] [--num-images 5000] [--rounds 3] [--peers …] [--store s3://bucket]
+        [--architectures resnet18 resnet50] [--num-images 5000] [--rounds 3] [--peers …] [--int8] [--store s3://bucket]
 
     torch_loop, daft_loop, ray_data_loop    benchmarks/peers: float32, torchvision's eval transform, batches of 100
     ours                                    manifest, bundle, jobs.compile, then jobs.predict as its users run it
+    ours, int8                              with --int8: the same in 8-bit integers
     ours, packed                            with --store: the same from packed shards that jobs.pack made
     ours, store / ours, packed, store       with --store, an empty prefix: both from there, tables and records there too
 
@@ -32,7 +33,7 @@ import statistics
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,8 @@ def main() -> None:
         root = Path(folder)
         spread(arguments.images, root / "images", arguments.num_images)
         manifests = make_sets(root, arguments)
-        compile_s = {name: compile_bundle(name, root) for name in arguments.architectures}
+        precisions = ("auto", "int8") if arguments.int8 else ("auto",)
+        compile_s = {name: compile_bundle(name, root, precisions) for name in arguments.architectures}
         contestants = choose_contestants(root, manifests, arguments)
         figures = {name: measure(name, contestants, root, arguments.rounds) for name in arguments.architectures}
     for name in arguments.architectures:
@@ -89,6 +91,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="which of them run")
+    parser.add_argument("--int8", action="store_true", help="ours in 8-bit integers too, on CPUs with AVX-512 VNNI")
     parser.add_argument("--daft-python", help="interpreter that has daft; without it daft_loop is left out")
     parser.add_argument("--store", help="URI of an empty prefix, for the set as loose objects and as packed shards")
     parser.add_argument("--shard-size", type=int, default=250, help="images in a shard")
@@ -145,8 +148,8 @@ def upload(folder: Path, prefix: str) -> None:
         pass
 
 
-def compile_bundle(architecture: str, root: Path) -> float:
-    """Publish a bundle with the peers' weights, seeded and random, and compile it; the seconds of jobs.compile."""
+def compile_bundle(architecture: str, root: Path, precisions: Sequence[str] = ("auto",)) -> dict[str, float]:
+    """Publish a bundle with the peers' weights, seeded and random, and compile it; each jobs.compile's seconds."""
     torch.manual_seed(0)
     network = Network(models.get_model(architecture).eval(), "fc")
     bundle, weights = pack(
@@ -159,7 +162,12 @@ def compile_bundle(architecture: str, root: Path) -> float:
     )
     publish(str(root / "registry"), bundle, weights)
     places = ("--registry", str(root / "registry"), "--bundle", architecture, "--manifest", str(root / "manifest"))
-    return round(run_job("compile", *places, "--agreement.min_top1", _ANY_LABEL).seconds, 1)
+    return {
+        precision: round(
+            run_job("compile", *places, "--agreement.min_top1", _ANY_LABEL, "--precision", precision).seconds, 1
+        )
+        for precision in precisions
+    }
 
 
 # --- the contestants -----------------------------------------------------------------------------------------------
@@ -170,7 +178,9 @@ def choose_contestants(root: Path, manifests: dict[str, str], arguments: argpars
     pythons = dict.fromkeys(PEERS, sys.executable) | {"daft_loop": arguments.daft_python}
     peers = {name: partial(run_peer, name, pythons[name], root / "images") for name in arguments.peers}
     registry = str(root / "registry")
-    ours = {name: partial(run_ours, manifest, registry) for name, manifest in manifests.items()}
+    ours = {name: partial(run_ours, manifest, registry, "auto") for name, manifest in manifests.items()}
+    if arguments.int8:
+        ours[f"{OURS}, int8"] = partial(run_ours, manifests[OURS], registry, "int8")
     return {**peers, **ours}
 
 
@@ -180,12 +190,12 @@ def run_peer(name: str, python: str, images: Path, architecture: str, output: Pa
     return Timed(told["images_per_s"], told["start_up_s"], ran.seconds)
 
 
-def run_ours(manifest: str, registry: str, architecture: str, output: Path) -> Timed:
+def run_ours(manifest: str, registry: str, precision: str, architecture: str, output: Path) -> Timed:
     """Tables and records lie where the images do."""
     is_local = storage.split(storage.normalise(manifest))[0] == "file"
     tables = str(output) if is_local else f"{manifest}-{output.name}"
     places = ("--manifest", manifest, "--registry", registry, "--bundles", architecture, "--output", tables)
-    ran = predict(*places, "--compute.agreement.min_top1", _ANY_LABEL)
+    ran = predict(*places, "--compute.agreement.min_top1", _ANY_LABEL, "--compute.precision", precision)
     num_images, num_shards = ran.summary["num_images"], ran.summary["num_shards"]
     first_batch = ran.summary["batch_size"] / (num_images / num_shards)
     start_up_s = ran.begun_s + min(1.0, first_batch) * (ran.first_receipt_s - ran.begun_s)

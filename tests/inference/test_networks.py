@@ -21,7 +21,7 @@ def world(tmp_path):
 def compiles(monkeypatch):
     """A compiler that makes nothing, and what it is found to agree by, by precision."""
     agreement = {"bfloat16": Agreement.of(8, 8, 8.0), "float32": Agreement.of(8, 8, 8.0)}
-    monkeypatch.setattr(compiler, "compile_network", lambda network, preprocessing, target: target.key.encode())
+    monkeypatch.setattr(compiler, "compile_network", lambda network, preprocessing, target, pixels: target.key.encode())
     monkeypatch.setattr(compiler, "_open", lambda package, target: None)
     monkeypatch.setattr("pipeline.data.loader.sample_pixels", lambda *arguments: torch.empty(0))
     monkeypatch.setattr(compiler, "measure_agreement", lambda *arguments: agreement[arguments[3].precision])
