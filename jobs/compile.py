@@ -58,6 +58,8 @@ def main(config: CompileConfig) -> dict[str, Any]:
 
     with connected_ray() as nodes:
         device = choose_device(nodes, config.device)
+        if config.precision == "int8" and (device == "cuda" or config.manifest is None):
+            raise ConfigError(f"precision: int8 is for CPUs and needs a manifest, got {device} and {config.manifest}")
         _refuse_unfit([node for node in nodes if node.gpus or device == "cpu"], config.cpus_per_actor)
         threads = {"env_vars": {"OMP_NUM_THREADS": str(config.cpus_per_actor)}}
         options = {"num_cpus": config.cpus_per_actor, "num_gpus": int(device == "cuda"), "runtime_env": threads}

@@ -162,12 +162,11 @@ def _pack_and_commit(
 ) -> float:
     """Do what is pending; the images per second of this attempt."""
     with connected_ray() as nodes:
-        num_workers = sum(node.cpus for node in nodes)
-        if not num_workers:
+        if not any(node.cpus for node in nodes):
             raise ConfigError("expected a cluster with at least one CPU, got none; add nodes")
         from pipeline.inference.flow import commit_receipts, receipts_of, shard_dataset, start_attempts
 
-        dataset = shard_dataset(pending, num_workers).map_batches(
+        dataset = shard_dataset(pending).map_batches(
             pack_shard,
             fn_kwargs={"work": work, "attempts": start_attempts()},
             batch_size=1,

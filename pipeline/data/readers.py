@@ -23,6 +23,7 @@ from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, 
 _TAR_CHUNK_BYTES = 4 << 20
 _TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
 _PACKED_ROWS = 32
+_PACKED_AHEAD = 32  # images
 _PACKED_READ_BYTES = 4 << 20  # of a request: more would make the first image wait, fewer all of them
 
 
@@ -64,7 +65,7 @@ def read_shard(
 ) -> Iterator[bytes | ImageError]:
     """The encoded bytes of every image of `shard`, or why they cannot be had, in the order of `images`.
 
-    Streams: at most `2 * concurrency` images are held ahead of the reader, and of packed ones some 32 MB besides. The
+    Streams: at most `2 * concurrency` loose images are held ahead of the reader, or 64 packed ones and some 32 MB. The
     errors have stage `fetch`: `not_found`, `access_denied`, `changed` (another size or etag than the manifest's),
     `too_large` (loose, over `max_bytes`), `not_allowed` (outside `allowed_roots`), `storage_error` (the store failed,
     after its retries), `unreadable` (a damaged packed source). Nothing is raised for an image.
@@ -76,7 +77,7 @@ def read_shard(
         return
     error = None if _is_allowed(shard.source, allowed_roots) else _not_allowed(shard.source)
     read_source = _read_tar if shard.source_row_group is None else _read_row_group
-    found = iter(()) if error else storage.run_ahead(read_source(shard), 2 * concurrency)
+    found = iter(()) if error else storage.run_ahead(read_source(shard), _PACKED_AHEAD)
     yield from _matched(rows, found, shard.source, error)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ from pipeline.telemetry import RunProgress
 
 _COMMITS_IN_FLIGHT = 16
 _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
-_TASKS_PER_WORKER = 32  # but a task's receipts come at its end, and a run's end waits for the last task
+_TASKS_PER_PROCESSOR = 32  # a run's end waits for the last task
+_IMAGES_PER_TASK = 25_000  # a task's receipts come at its end: what is not committed is done again after a kill
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
@@ -136,7 +138,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     if networks.should_compile_first(plan.run):
         compile_first(plan, layout)
     num_actors = min(layout.num_actors, len(shards))
-    dataset = shard_dataset(shards, num_actors)
+    dataset = shard_dataset(shards)
     worker = {"run": plan.run, "attempts": start_attempts()}
     if layout.form == "split":
         dataset = dataset.map_batches(decode_shard, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
@@ -162,11 +164,16 @@ def compile_first(plan: Plan, layout: Layout) -> None:
         raise RunError(_cause(error)) from error
 
 
-def shard_dataset(shards: Sequence[Shard], num_workers: int) -> ray.data.Dataset:
-    """A dataset of one row for each shard: `shard_of` reads it back. A task takes one, of very many shards several."""
+def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
+    """A dataset of one row for each shard: `shard_of` reads it back. A task takes one, of very many shards several.
+
+    Needs a connected Ray, for whose CPUs and GPUs there are tasks enough.
+    """
     _configure_ray_data()
     rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
-    most_tasks = max(_ENOUGH_TASKS, _TASKS_PER_WORKER * num_workers)
+    there_is, num_images = ray.cluster_resources(), sum(shard.num_images for shard in shards)
+    num_processors = round(max(there_is.get("CPU", 1), there_is.get("GPU", 1)))
+    most_tasks = max(_ENOUGH_TASKS, _TASKS_PER_PROCESSOR * num_processors, num_images // _IMAGES_PER_TASK)
     return ray.data.from_items(rows, override_num_blocks=min(len(rows), most_tasks))
 
 
@@ -282,8 +289,12 @@ def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
 
 def receipt_row(receipt: Receipt) -> Row:
     """What a worker returns for a shard that it has written."""
-    here = ray.get_runtime_context().get_node_id()
-    return {"receipt": np.array([replace(receipt, node=here).to_json()], dtype=object)}
+    return {"receipt": np.array([replace(receipt, node=_node_id()).to_json()], dtype=object)}
+
+
+@cache
+def _node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 @contextmanager

@@ -49,6 +49,8 @@ def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int
             "compute.decode: gpu needs GPUs and the fused form, whose actors decode what they predict; "
             f"got device {device}, form {compute.form}"
         )
+    if compute.precision == "int8" and device == "cuda":
+        raise ConfigError("compute.precision: int8 is for CPUs, got GPUs; use auto, or compute.device cpu")
     return _on_gpus(nodes, compute, num_shards) if device == "cuda" else _on_cpus(nodes, compute, num_shards)
 
 

@@ -69,7 +69,12 @@ def should_compile_first(run: Run) -> bool:
     """Whether a run is about to compile: that is one process's work, before the others are started."""
     return choices(run) is None and not all(
         compiled.is_recorded(
-            model.uri, model.digest, run.device, batch_size=run.batch_size, num_threads=run.num_threads
+            model.uri,
+            model.digest,
+            run.device,
+            run.precision,
+            batch_size=run.batch_size,
+            num_threads=run.num_threads,
         )
         for model in run.models
     )

@@ -21,7 +21,7 @@ from pipeline.cluster import Device
 from pipeline.config import Section, describe
 from pipeline.errors import BundleError, ObjectNotFoundError
 from pipeline.models.bundle import Digest
-from pipeline.models.precision import AgreementLimits, Precision
+from pipeline.models.precision import AgreementLimits, AskedPrecision, Precision
 
 
 def software() -> dict[str, str]:
@@ -30,7 +30,7 @@ def software() -> dict[str, str]:
 
 
 class Target(Section):
-    """All that compiled code depends on."""
+    """All that compiled code depends on, but for the images that int8's ranges were measured on: the first's stay."""
 
     bundle_digest: Digest
     device: Literal["cpu", "cuda"]
@@ -91,12 +91,15 @@ def find(bundle_uri: str, target: Target) -> Record | None:
     return record
 
 
-def is_recorded(bundle_uri: str, bundle_digest: str, device: Device, *, batch_size: int, num_threads: int) -> bool:
+def is_recorded(
+    bundle_uri: str, bundle_digest: str, device: Device, precision: AskedPrecision, *, batch_size: int, num_threads: int
+) -> bool:
     """Whether the bundle was compiled for such a run by this software, on whatever kind of CPU or GPU."""
     wanted = (bundle_digest, device, batch_size, num_threads if device == "cpu" else 0, software())
     return any(
         wanted == (target.bundle_digest, target.device, target.batch_size, target.num_threads, target.software)
         for target in (record.target for record in records(bundle_uri))
+        if precision in ("auto", target.precision)
     )
 
 

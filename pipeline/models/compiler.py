@@ -29,6 +29,7 @@ from pipeline.models.compiled import Agreement, Record, Target, find, package_ur
 from pipeline.models.precision import Precision, compute_repeatably, dtype_of
 
 NUM_SAMPLES = 128
+_FEWEST_RANGED = 16  # images that int8's ranges are measured on; as many it is measured on then
 _RUNNERS_ON_GPU = 2  # batches under way
 
 Program: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -100,7 +101,7 @@ def compile_network(network: Network, preprocessing: Preprocessing, target: Targ
     whole = _Whole(network, preprocessing, dtype_of(target.precision))
     whole = whole.to(target.device).to(memory_format=torch.channels_last)
     if target.precision == "int8":
-        batches = (_padded(batch, target.batch_size) for batch in pixels.split(target.batch_size))
+        batches = _repeated(pixels, target.batch_size).split(target.batch_size)
         with torch.no_grad():
             whole.trunk = int8.quantised(whole.trunk, (preprocessing.normalise(batch) for batch in batches))
     shape = (target.batch_size, 3, target.crop_size, target.crop_size)
@@ -161,10 +162,10 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
     pixels = samples() if samples else torch.empty(0)
     ranging = torch.empty(0)
     if target.precision == "int8":
-        if target.device != "cpu" or len(pixels) < 2:
+        if len(pixels) < 2 * _FEWEST_RANGED:
             raise BundleError(
-                "precision int8: expected a CPU, and a manifest of images to measure ranges on, got device "
-                f"{target.device} and {len(pixels)} images"
+                f"precision int8: expected a manifest of at least {2 * _FEWEST_RANGED} images to measure ranges on and "
+                f"try it with, got {len(pixels)}"
             )
         ranging, pixels = pixels[::2], pixels[1::2]  # it must agree on others than it was fitted to
     elif not len(pixels):
@@ -201,6 +202,12 @@ def _open(package: bytes, target: Target) -> Program:
         return logits[:num_images], embeddings[:num_images]
 
     return run
+
+
+def _repeated(pixels: Tensor, multiple: int) -> Tensor:
+    """Images over again until their number is one of `multiple`: black ones in their place would widen ranges."""
+    num_images = -(-len(pixels) // multiple) * multiple
+    return pixels[torch.arange(num_images) % len(pixels)]
 
 
 def _padded(pixels: Tensor, batch_size: int) -> Tensor:

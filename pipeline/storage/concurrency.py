@@ -78,6 +78,8 @@ def run_ahead(source: Iterable[T], num_items: int) -> Iterator[T]:
         yield from _taken(items)
     finally:
         stop.set()
+        with suppress(queue.Empty):
+            items.get_nowait()  # so that a thread that waits for room ends now
         thread.join()
 
 
@@ -88,13 +90,16 @@ def _drain(source: Callable[[], Iterator[T]], into: "queue.Queue[Any]", stop: th
         try:
             yield from source()
             yield _END
-        except Exception as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # the reader waits for an end, whatever it is
             yield error
 
     for item in items():
-        while not _put(into, item):
-            if stop.is_set():
-                return
+        while not stop.is_set() and not _put(into, item):
+            pass
+        if stop.is_set():
+            return
 
 
 def _put(into: "queue.Queue[Any]", item: Any) -> bool:
@@ -106,6 +111,6 @@ def _put(into: "queue.Queue[Any]", item: Any) -> bool:
 
 def _taken(items: "queue.Queue[Any]") -> Iterator[Any]:
     while (item := items.get()) is not _END:
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         yield item

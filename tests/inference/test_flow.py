@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import Node
+from pipeline.data.manifest import Shard
 from pipeline.errors import RunError
-from pipeline.inference.flow import predict, should_isolate
+from pipeline.inference.flow import predict, shard_dataset, should_isolate
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
 from pipeline.tables import open_table
@@ -105,9 +106,18 @@ def test_what_stops_a_worker_stops_the_run_with_its_reason(world, local_ray):
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    ("num_shards", "num_images", "expected"), [(10, 100, 10), (2_000, 100, 1_000), (1_500, 20_000, 1_200)]
+)
+def test_very_many_shards_are_fewer_tasks_of_a_bounded_size(local_ray, num_shards, num_images, expected):
+    shards = [Shard(index, "shards.parquet", index, num_images, num_bytes=0) for index in range(num_shards)]
+    assert shard_dataset(shards).materialize().num_blocks() == expected
+
+
+@pytest.mark.ray
 def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
     monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", 2)
-    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_WORKER", 1)
+    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_PROCESSOR", 1)
     summary = run(world, run_id="several")
     assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
     assert list(find_faults(read_run(summary["output"], "several"))) == []

@@ -107,4 +107,7 @@ def test_a_cpu_layout_that_is_given_fits_the_cluster(cpus, form):
 def test_integers_are_for_compiled_networks_only():
     with pytest.raises(ValidationError, match="expected compile always with precision int8"):
         ComputeConfig(precision="int8")
-    assert ComputeConfig(precision="int8", compile="always").precision == "int8"
+    integers = ComputeConfig(precision="int8", compile="always")
+    assert choose_layout([Node(cpus=2)], integers, num_shards=10).device == "cpu"
+    with pytest.raises(ConfigError, match=r"compute\.precision: int8 is for CPUs, got GPUs"):
+        choose_layout([Node(cpus=2, gpus=1)], integers, num_shards=10)

@@ -59,11 +59,13 @@ def test_neither_is_what_other_software_hardware_or_weights_left(bundle_uri, pac
 
 def test_a_run_knows_whether_its_bundle_was_compiled_for_it(bundle_uri, packages):
     digest = Bundle.load(bundle_uri).digest
-    assert not compiled.is_recorded(bundle_uri, digest, "cpu", batch_size=4, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)
     compiler.ensure(bundle_uri, target_of(bundle_uri))
-    assert compiled.is_recorded(bundle_uri, digest, "cpu", batch_size=4, num_threads=1)
-    assert not compiled.is_recorded(bundle_uri, digest, "cpu", batch_size=5, num_threads=1)
-    assert not compiled.is_recorded(bundle_uri, digest, "cuda", batch_size=4, num_threads=1)
+    assert compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=5, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cuda", "auto", batch_size=4, num_threads=1)
+    assert compiled.is_recorded(bundle_uri, digest, "cpu", "float32", batch_size=4, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "int8", batch_size=4, num_threads=1)
 
 
 def test_of_several_who_compile_at_once_the_first_to_end_is_right(bundle_uri, packages, monkeypatch):

@@ -67,7 +67,7 @@ def test_a_missing_torchao_is_told(block, monkeypatch):
 def test_without_images_there_are_no_ranges(tmp_path):
     uri = make_bundle(tmp_path)
     target = compiler.target_here(Bundle.load(uri), CPU, "int8", batch_size=4, num_threads=1)
-    with pytest.raises(BundleError, match="manifest of images to measure ranges on, got device cpu and 0 images"):
+    with pytest.raises(BundleError, match="at least 32 images to measure ranges on and try it with, got 0"):
         compiler.ensure(uri, target)
 
 
@@ -76,8 +76,8 @@ def test_without_images_there_are_no_ranges(tmp_path):
 def test_it_is_compiled_and_agrees_on_images_that_it_was_not_fitted_to(tmp_path):
     uri = make_bundle(tmp_path)
     target = compiler.target_here(Bundle.load(uri), CPU, "int8", batch_size=4, num_threads=1)
-    record = compiler.ensure(uri, target, lambda: compiler.draw_samples(32, 17))
-    assert record.agreement.num_images == 8
+    record = compiler.ensure(uri, target, lambda: compiler.draw_samples(32, 35))
+    assert record.agreement.num_images == 17
     assert 0.99 < record.agreement.cosine < 1
     program, pixels = compiler.load(uri, record), compiler.draw_samples(32, 4)
     with torch.inference_mode():
@@ -85,3 +85,9 @@ def test_it_is_compiled_and_agrees_on_images_that_it_was_not_fitted_to(tmp_path)
         alone, _ = program(pixels[:1])
     assert (logits.dtype, embeddings.dtype, len(alone)) == (torch.float32, torch.float32, 1)
     torch.testing.assert_close(alone, logits[:1])
+
+
+def test_ranges_are_of_images_alone_however_many_there_are():
+    pixels = torch.arange(1, 6, dtype=torch.uint8).reshape(5, 1, 1, 1)
+    assert compiler._repeated(pixels, 4).flatten().tolist() == [1, 2, 3, 4, 5, 1, 2, 3]
+    assert compiler._repeated(pixels, 5).flatten().tolist() == [1, 2, 3, 4, 5]

@@ -1,3 +1,4 @@
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.storage.concurrency import chain_ahead
+from pipeline.storage.concurrency import chain_ahead, run_ahead
 
 
 def test_mapping_concurrently_keeps_order_and_stays_a_bounded_way_ahead() -> None:
@@ -64,3 +65,42 @@ def test_chained_sources_stay_a_bounded_way_ahead() -> None:
     time.sleep(0.05)
     assert len(taken) <= 2 * (4 + 2)
     items.close()  # type: ignore[attr-defined]
+
+
+@given(count_=st.integers(0, 40), ahead=st.integers(1, 5))
+def test_running_ahead_gives_every_item_once_in_order(count_: int, ahead: int) -> None:
+    assert list(run_ahead(iter(range(count_)), ahead)) == list(range(count_))
+
+
+def test_running_ahead_stays_a_bounded_way_ahead_and_ends_with_its_reader() -> None:
+    made: list[int] = []
+    closed = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            for number in count():
+                made.append(number)
+                yield number
+        finally:
+            closed.set()
+
+    ahead = run_ahead(numbers(), 4)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.1)
+    assert len(made) <= 3 + 4 + 1
+    ahead.close()  # type: ignore[attr-defined]
+    assert closed.wait(1)
+    assert len(made) <= 3 + 4 + 2
+    assert "ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), SystemExit("gone")])
+def test_what_ends_a_source_that_runs_ahead_is_raised_at_its_turn(error: BaseException) -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise error
+
+    ahead = run_ahead(items(), 4)
+    assert next(ahead) == 1
+    with pytest.raises(type(error), match=str(error)):
+        next(ahead)
