@@ -50,6 +50,8 @@ class CompileConfig(JobConfig):
 
 def main(config: CompileConfig) -> dict[str, Any]:
     """Compile the bundle that `config` names on a node that has the device, unless it is compiled already."""
+    if config.precision == "int8" and config.manifest is None:
+        raise ConfigError("precision: int8 needs a manifest, of images to measure ranges on; got none")
     uri = registry.resolve(config.registry, config.bundle)
     Bundle.load(uri)
     if config.manifest is not None:
@@ -58,8 +60,8 @@ def main(config: CompileConfig) -> dict[str, Any]:
 
     with connected_ray() as nodes:
         device = choose_device(nodes, config.device)
-        if config.precision == "int8" and (device == "cuda" or config.manifest is None):
-            raise ConfigError(f"precision: int8 is for CPUs and needs a manifest, got {device} and {config.manifest}")
+        if config.precision == "int8" and device == "cuda":
+            raise ConfigError("precision: int8 is for CPUs, got GPUs; use auto, or device cpu")
         _refuse_unfit([node for node in nodes if node.gpus or device == "cpu"], config.cpus_per_actor)
         threads = {"env_vars": {"OMP_NUM_THREADS": str(config.cpus_per_actor)}}
         options = {"num_cpus": config.cpus_per_actor, "num_gpus": int(device == "cuda"), "runtime_env": threads}

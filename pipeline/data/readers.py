@@ -24,7 +24,7 @@ _TAR_CHUNK_BYTES = 4 << 20
 _TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
 _PACKED_ROWS = 32
 _PACKED_AHEAD = 32  # images
-_PACKED_READ_BYTES = 4 << 20  # of a request: more would make the first image wait, fewer all of them
+_PACKED_READ_BYTES = 4 << 20  # of a request: the first image waits for a larger one, all wait for many small ones
 
 
 class ReadLimits(Section):

@@ -29,7 +29,7 @@ from pipeline.models.compiled import Agreement, Record, Target, find, package_ur
 from pipeline.models.precision import Precision, compute_repeatably, dtype_of
 
 NUM_SAMPLES = 128
-_FEWEST_RANGED = 16  # images that int8's ranges are measured on; as many it is measured on then
+_FEWEST_RANGED = 16  # images to measure int8's ranges on; its agreement is measured on as many others
 _RUNNERS_ON_GPU = 2  # batches under way
 
 Program: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -103,7 +103,7 @@ def compile_network(network: Network, preprocessing: Preprocessing, target: Targ
     if target.precision == "int8":
         batches = _repeated(pixels, target.batch_size).split(target.batch_size)
         with torch.no_grad():
-            whole.trunk = int8.quantised(whole.trunk, (preprocessing.normalise(batch) for batch in batches))
+            whole.trunk = int8.quantised(whole.trunk, [preprocessing.normalise(batch) for batch in batches])
     shape = (target.batch_size, 3, target.crop_size, target.crop_size)
     example = torch.zeros(shape, dtype=torch.uint8, device=target.device).contiguous(memory_format=torch.channels_last)
     options = {"freezing": True} | ({"cpp.threads": target.num_threads} if target.device == "cpu" else {})

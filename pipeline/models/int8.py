@@ -5,7 +5,7 @@ What computes is PyTorch's own; torchao chooses what is quantised, and is needed
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from pipeline.errors import BundleError
 _RELUS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
-def quantised(trunk: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def quantised(trunk: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
     """A float32 trunk in integers, its batch norms folded before, for inputs of the shape that all `batches` have.
 
     Raises BundleError where this CPU has no instructions for it or torchao is not installed.
     """
     if not torch.cpu._is_vnni_supported():
         raise BundleError("precision int8: expected a CPU with AVX-512 VNNI; use auto")
-    batches = list(batches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's and torchao's own deprecations
         try:

@@ -27,3 +27,9 @@ def test_a_bundle_that_is_not_there_is_refused_before_ray_starts(tmp_path: Path)
     refused = run_job("compile", expected_code=2, registry=tmp_path, bundle="nothing")
     assert "nothing" in refused["message"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_integers_without_images_are_refused_before_ray_starts(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    refused = run_job("compile", expected_code=2, registry=tmp_path, bundle="tiny", precision="int8")
+    assert refused["message"].startswith("precision: int8 needs a manifest")
