@@ -23,6 +23,10 @@ class ShardAttempts:
         self._begun[key] += 1
         return self._begun[key] - (self._done[key] if self._begun[key] <= _MOST_BEGINNINGS else 0)
 
+    def withdraw(self, stage: str, shard_id: int) -> None:
+        """The stage of the shard waits after all: until it is begun again its process's death is not its doing."""
+        self._begun[stage, shard_id] -= 1
+
     def end(self, stage: str, shard_id: int) -> None:
         """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""
         self._done[stage, shard_id] += 1

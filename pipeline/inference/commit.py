@@ -20,7 +20,8 @@ class Receipt:
 
     `num_predicted` + `num_errors` = `num_images`; `errors` counts them by `stage/error`; `seconds` by stage, plus
     `total` and `cpu`, those of the CPUs that the process used meanwhile; `attempt` is 1 unless earlier ones died;
-    `node` is where it was done; `began_at` and `ended_at` are unix seconds.
+    `node` is where it was done; `began_at` and `ended_at` are unix seconds. What another shard's turn at the networks
+    hid is in none of them: a process has one `Turn` after the other.
     """
 
     shard_id: int

@@ -11,11 +11,12 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -42,9 +43,11 @@ from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
 _COMMITS_IN_FLIGHT = 16
+_SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
 _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
 _TASKS_PER_PROCESSOR = 32  # a run's end waits for the last task
 _IMAGES_PER_TASK = 25_000  # a task's receipts come at its end: what is not committed is done again after a kill
+_suspects = threading.Lock()  # of a process
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
@@ -149,7 +152,14 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         batch_format="numpy",
         num_cpus=layout.cpus_per_actor,
         num_gpus=layout.gpus_per_actor or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors, initial_size=num_actors),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=num_actors,
+            initial_size=num_actors,
+            max_tasks_in_flight_per_actor=_SHARDS_AT_ONCE,
+            max_concurrent_calls_per_actor=_SHARDS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
     )
     yield from receipts_of(dataset)
 
@@ -299,15 +309,23 @@ def _node_id() -> str:
 
 @contextmanager
 def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
-    """Around a stage of the shard; the number of this attempt at it, from 1. Raises RunError after `MAX_DEATHS`."""
+    """Around a stage of the shard; the number of this attempt at it, from 1. Raises RunError after `MAX_DEATHS`.
+
+    Of shards that have seen their process die a process does one at a time: beside each other both would be blamed.
+    """
     attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
-    if attempt > MAX_DEATHS:
-        raise RunError(
-            f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
-            "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches or shards, "
-            "fewer actors) or lost nodes, then run again"
-        )
-    yield attempt
+    with ExitStack() as alone:
+        if attempt > 1:
+            attempts.withdraw.remote(stage, shard.shard_id)
+            alone.enter_context(_suspects)
+            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id))
+        if attempt > MAX_DEATHS:
+            raise RunError(
+                f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
+                "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches or shards, "
+                "fewer actors) or lost nodes, then run again"
+            )
+        yield attempt
     attempts.end.remote(stage, shard.shard_id)
 
 

@@ -24,6 +24,7 @@ from pipeline.errors import BundleError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
 from pipeline.inference.plan import Model, Run
+from pipeline.inference.turns import Turns
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.compiler import Program, load
 from pipeline.models.precision import FloatPrecision, autocast_type, compute_repeatably
@@ -69,7 +70,8 @@ class Predictor:
 
     `preprocessings` are the distinct ones among the bundles: a batch carries one pixel tensor for each, so that bundles
     that agree share theirs. A network that is compiled on first use is tried on images of the manifest. Raises
-    BundleError, and RunError where GPUs are to decode and this one cannot.
+    BundleError, and RunError where GPUs are to decode and this one cannot. Who calls it from several threads takes
+    `turns`.
     """
 
     def __init__(self, run: Run, manifest: Manifest) -> None:
@@ -79,6 +81,7 @@ class Predictor:
         self._device = torch.device(run.device)
         self._streams = threading.local()
         self._threads = ThreadPoolExecutor(_BATCHES_ON_GPU, thread_name_prefix="stream")  # started when first used
+        self._num_threads = run.num_threads
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
@@ -90,6 +93,7 @@ class Predictor:
             _program(run, manifest, model, bundle, choices[model.name], self._device)
             for model, bundle in zip(run.models, self.bundles, strict=True)
         ]
+        self.turns = Turns()
 
     @property
     def software(self) -> str:
@@ -120,6 +124,7 @@ class Predictor:
 
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[ModelOutput]:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""
+        torch.set_num_threads(self._num_threads)  # a thread's own: shards are worked on in several
         by_preprocessing = dict(zip((p.digest for p in self.preprocessings), pixels, strict=True))
         with torch.inference_mode(), self._stream():
             on_device = {

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -186,14 +187,22 @@ def predict_shard(
     log: LoadLog,
     attempt: int = 1,
 ) -> Receipt:
-    """Predict the batches, write the shard's table files, return the receipt. Raises StorageError."""
-    start, cpu_start = time.perf_counter(), time.process_time()
-    predict_s, busy_until = 0.0, start
-    outputs = ShardOutputs(log.errors)
-    for predicted in predictor.map(batches):
-        outputs.add(predicted.rows, predicted.outputs)
-        predict_s += max(0.0, predicted.end - max(predicted.start, busy_until))  # of batches at once the time is one
-        busy_until = max(busy_until, predicted.end)
+    """Predict the batches, write the shard's table files, return the receipt. Raises StorageError.
+
+    Its first batch is made before the shard's turn at the networks and its files are written after it, while another
+    shard of this process has them.
+    """
+    start, fetched_s = time.perf_counter(), log.fetch_s
+    predict_s, outputs = 0.0, ShardOutputs(log.errors)
+    batches = _begun(batches)
+    with predictor.turns.next(start) as turn:
+        hidden_s, busy_until = turn.began - start, turn.began
+        log.fetch_s -= min(hidden_s, log.fetch_s - fetched_s)
+        for predicted in predictor.map(batches):
+            outputs.add(predicted.rows, predicted.outputs)
+            since = max(predicted.start, busy_until)  # of batches at once the time is one
+            predict_s += max(0.0, predicted.end - since)
+            busy_until = max(busy_until, predicted.end)
     write_start = time.perf_counter()
     tables = build_tables(run, manifest.images(shard), predictor, outputs)
     files = write_shard(run.output_uri, run.run_id, shard.shard_id, tables)
@@ -210,10 +219,16 @@ def predict_shard(
             "decode": round(log.decode_s, 4),
             "predict": round(predict_s, 4),
             "write": round(end - write_start, 4),
-            "total": round(end - start, 4),
-            "cpu": round(time.process_time() - cpu_start, 4),
+            "total": round(end - turn.began, 4),
+            "cpu": round(turn.cpu_s, 4),
         },
         attempt=attempt,
-        began_at=round(log.began_at, 3),
+        began_at=round(log.began_at + hidden_s, 3),
         ended_at=round(time.time(), 3),
     )
+
+
+def _begun(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same, the first of them there already."""
+    iterator = iter(batches)
+    return chain(list(islice(iterator, 1)), iterator)

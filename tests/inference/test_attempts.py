@@ -18,6 +18,13 @@ def test_a_shard_that_was_done_is_not_to_blame_for_what_ends_its_task_but_not_fo
     assert attempts.begin("all", 7) > MAX_DEATHS
 
 
+def test_a_shard_that_waits_after_all_was_not_begun():
+    attempts = ShardAttempts()
+    assert attempts.begin("all", 7) == 1
+    attempts.withdraw("all", 7)
+    assert attempts.begin("all", 7) == 1
+
+
 def test_the_process_that_counts_imports_neither_torch_nor_ray_data():
     code = "import sys; import pipeline.inference.attempts; print({'torch', 'ray', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,16 +1,28 @@
 """The Ray Data graph on a real two-CPU Ray."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
 from pipeline.errors import RunError
-from pipeline.inference.flow import predict, shard_dataset, should_isolate
+from pipeline.inference.flow import (
+    PredictFused,
+    attempting,
+    predict,
+    shard_dataset,
+    shard_of,
+    should_isolate,
+    start_attempts,
+)
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
 from pipeline.tables import open_table
@@ -121,6 +133,50 @@ def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
     summary = run(world, run_id="several")
     assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
     assert list(find_faults(read_run(summary["output"], "several"))) == []
+
+
+class Shards:
+    """Works on shards in two threads of a process of its own, which some of them kill."""
+
+    def __init__(self, attempts) -> None:
+        self._attempts, self._at_once, self._most = attempts, 0, 0
+
+    def do(self, shard_id: int) -> int:
+        with attempting(self._attempts, "all", Shard(shard_id, None, None, 1, num_bytes=0)):
+            self._at_once += 1
+            self._most = max(self._most, self._at_once)
+            time.sleep(0.2)
+            self._at_once -= 1
+        return self._most
+
+
+@pytest.mark.ray
+def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are_not(local_ray):
+    attempts = start_attempts()
+    ray.get([attempts.begin.remote("all", shard_id) for shard_id in (1, 2)])  # and their process died
+
+    def most_at_once(*shard_ids: int) -> int:
+        worker = ray.remote(Shards).options(max_concurrency=2, num_cpus=0).remote(attempts)
+        return max(ray.get([worker.do.remote(shard_id) for shard_id in shard_ids]))
+
+    assert most_at_once(1, 2) == 1
+    assert most_at_once(3, 4) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_ray, monkeypatch):
+    class Killed(PredictFused):
+        def __call__(self, rows):
+            if shard_of(rows).shard_id == 2:
+                with attempting(self._attempts, "all", shard_of(rows)):
+                    time.sleep(0.3)  # the other shard of this process is under way
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(rows)
+
+    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
+    with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
+        run(world, run_id="killed")
 
 
 def test_the_driver_does_without_torch():

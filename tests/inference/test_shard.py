@@ -1,5 +1,8 @@
 """One shard from bytes to table files, without Ray."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from pipeline.data.manifest import Shard
 from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
+from pipeline.inference.commit import Receipt, read_receipts
 from pipeline.inference.predictor import Predictor, distinct_preprocessings
 from pipeline.inference.shard import DecodedShard, load_shard, predict_shard
 from pipeline.models.bundle import Bundle, load_network
@@ -194,6 +198,30 @@ def test_the_last_bits_of_a_deep_net_depend_on_the_recorded_threads_alone(world)
     again = run_without_ray(world, run_id="threads-2", bundles=["deep"])
     torch.set_num_threads(kept)
     assert table(first, "predictions") == table(again, "predictions")
+
+
+def test_two_shards_at_once_give_the_bytes_and_take_the_turns_of_one_after_the_other(world):
+    make_bundle(world / "registry", name="wide", architecture="resnet18")
+    run_without_ray(world, run_id="one-by-one", bundles=["wide"])
+    plan = plan_of(world, run_id="one-by-one", bundles=["wide"])
+    predictor = Predictor(plan.run, plan.manifest)
+
+    def work(shard: Shard) -> Receipt:
+        log = LoadLog()
+        options = {"num_threads": 2, "isolated": False, "log": log}
+        batches = load_shard(plan.run, plan.manifest, shard, predictor.preprocessings, **options)
+        return predict_shard(plan.run, plan.manifest, shard, batches, predictor, log=log)
+
+    kept, start = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)  # a new thread's too, until told otherwise
+    with ThreadPoolExecutor(2) as threads:
+        receipts = list(threads.map(work, plan.manifest.shards()))
+    torch.set_num_threads(kept)
+    took_s = time.perf_counter() - start
+    committed = read_receipts(plan.run.uri, {receipt.shard_id for receipt in receipts})
+    assert [receipt.files for receipt in receipts] == [receipt.files for receipt in committed]
+    in_turn_s = sum(receipt.seconds["total"] - receipt.seconds["write"] for receipt in receipts)
+    assert 0 < in_turn_s <= took_s + 0.01
 
 
 @settings(deadline=None)
