@@ -75,7 +75,7 @@ def predict(*flags: str) -> Predicted:
     progress = [(at, json.loads(line)["progress"]) for at, line in ran.stderr if line.startswith('{"progress"')]
     first_receipt_s, first = next((at, told) for at, told in progress if told["images"])
     num_shards = max(1, round(first["images"] * ran.summary["num_shards"] / ran.summary["num_images"]))
-    begun_s = first_receipt_s - first["seconds_by_stage"]["total"] / num_shards
+    begun_s = first_receipt_s - sum(first["seconds_by_stage"][part] for part in ("total", "write")) / num_shards
     return Predicted(begun_s, first_receipt_s, progress[-1][0], ran.seconds, ran.summary)
 
 

@@ -38,6 +38,7 @@ from pipeline.inference.outputs import ShardOutputs, build_tables
 from pipeline.inference.plan import Run, make_plan, read_run, resolve_inputs
 from pipeline.inference.predictor import ModelOutput
 from pipeline.inference.reconcile import find_faults
+from pipeline.inference.turns import Turns
 from pipeline.models.bundle import Bundle
 from pipeline.tables.writing import write_shard
 
@@ -108,11 +109,13 @@ class NullFused:
         self._manifest = flow.open_unchanged(run.manifest_uri, run.manifest_digest)
         bundles = [Bundle.load(model.uri) for model in run.models]
         self._predictor: Any = SimpleNamespace(bundles=bundles, software="{}", computed_in="{}")
+        self._turns = Turns()
 
     def __call__(self, rows: flow.Row) -> flow.Row:
         shard, start = flow.shard_of(rows), time.time()
         with flow.attempting(self._attempts, "all", shard):
-            time.sleep(self.work_s)
+            with self._turns.take(begun=time.perf_counter()):
+                time.sleep(self.work_s)
             count, outputs = shard.num_images, ShardOutputs({})
             answer = ModelOutput(
                 np.zeros((count, 5), np.int32), np.full((count, 5), 0.2, np.float32), None, np.ones(count, np.bool_)

@@ -19,7 +19,7 @@ from pipeline.data.jpeg import JpegHeader
 from pipeline.errors import ImageError, RunError
 
 _MOST_PIXELS = 2**24  # of an image
-_MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; the images of a group stay, 3 GB at the most
+_MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; a shard's group stays, 3 GB at the most
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _decode_or_none(encoded: Sequence[bytes], device: torch.device) -> Sequence[
 
 def _decode_jpegs(encoded: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
     # nvJPEG writes on streams of its own without waiting for this one's, where kernels may still read what the
-    # allocator now gives to it (pytorch/vision issue 9606).
+    # allocator now gives to it (pytorch/vision issue 9606); that is this thread's alone where its stream is its own.
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     tensors = [images.as_tensor(data) for data in encoded]

@@ -35,7 +35,7 @@ class ReadLimits(Section):
     allowed_roots: list[str] = Field([f"{scheme}://" for scheme in storage.SCHEMES], min_length=1)
     """URI prefixes the manifest's images may lie under; others become `fetch/not_allowed` errors."""
     fetch_concurrency: int = Field(32, ge=1, le=512)
-    """Requests in flight per actor or worker."""
+    """Requests in flight for a shard, of which an actor may work on two; or per training worker."""
     max_bytes: int = Field(1 << 30, ge=1)
     """Objects larger than this, in bytes, are refused before they are fetched."""
 

@@ -17,15 +17,18 @@ class ShardAttempts:
         self._begun: Counter[tuple[str, int]] = Counter()
         self._done: Counter[tuple[str, int]] = Counter()
 
-    def begin(self, stage: str, shard_id: int) -> int:
-        """The number of this attempt at a stage of the shard, from 1, those not counted at which it was done."""
-        key = (stage, shard_id)
-        self._begun[key] += 1
-        return self._begun[key] - (self._done[key] if self._begun[key] <= _MOST_BEGINNINGS else 0)
+    def begin(self, stage: str, shard_id: int, *, is_alone: bool = False) -> int:
+        """The number of this attempt at a stage of the shard, from 1, those not counted at which it was done.
 
-    def withdraw(self, stage: str, shard_id: int) -> None:
-        """The stage of the shard waits after all: until it is begun again its process's death is not its doing."""
-        self._begun[stage, shard_id] -= 1
+        One after the first is begun, and counts, only where the shard `is_alone` in its process: who is told another
+        number than 1 must see to that and ask again, for of shards beside each other all would be blamed for a death.
+        """
+        key = (stage, shard_id)
+        num_begun = self._begun[key] + 1
+        attempt = num_begun - (self._done[key] if num_begun <= _MOST_BEGINNINGS else 0)
+        if attempt == 1 or is_alone:
+            self._begun[key] = num_begun
+        return attempt
 
     def end(self, stage: str, shard_id: int) -> None:
         """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""

@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -39,6 +38,7 @@ from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Layout, choose_layout
 from pipeline.inference.plan import Model, Plan, Run, make_plan, record_run
 from pipeline.inference.reconcile import reconcile
+from pipeline.inference.turns import Room
 from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
@@ -47,7 +47,8 @@ _SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched 
 _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
 _TASKS_PER_PROCESSOR = 32  # a run's end waits for the last task
 _IMAGES_PER_TASK = 25_000  # a task's receipts come at its end: what is not committed is done again after a kill
-_suspects = threading.Lock()  # of a process
+_TASKS_IN_FLIGHT = _SHARDS_AT_ONCE + 1  # of an actor: the next is there when one ends; more would make a longer tail
+_room = Room(_SHARDS_AT_ONCE)  # of this process
 Row = dict[str, Any]
 Summary = dict[str, Any]
 
@@ -156,7 +157,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
             min_size=1,
             max_size=num_actors,
             initial_size=num_actors,
-            max_tasks_in_flight_per_actor=_SHARDS_AT_ONCE,
+            max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
             max_concurrent_calls_per_actor=_SHARDS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
@@ -224,8 +225,9 @@ class PredictFused:
         from pipeline.data.loader import LoadLog
         from pipeline.inference.shard import load_shard, predict_shard
 
-        run, manifest, shard, log = self._run, self._manifest, shard_of(rows), LoadLog()
-        with attempting(self._attempts, "all", shard) as attempt:
+        run, manifest, shard = self._run, self._manifest, shard_of(rows)
+        with attempting(self._attempts, "all", shard) as attempt, self._predictor.own_stream():
+            log = LoadLog()
             batches = load_shard(
                 run,
                 manifest,
@@ -311,14 +313,15 @@ def _node_id() -> str:
 def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
     """Around a stage of the shard; the number of this attempt at it, from 1. Raises RunError after `MAX_DEATHS`.
 
-    Of shards that have seen their process die a process does one at a time: beside each other both would be blamed.
+    A shard that has seen its process die has the next one to itself: beside another one either might be the killer.
     """
-    attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
-    with ExitStack() as alone:
+    with ExitStack() as room:
+        room.enter_context(_room.beside_others())
+        attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
         if attempt > 1:
-            attempts.withdraw.remote(stage, shard.shard_id)
-            alone.enter_context(_suspects)
-            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id))
+            room.close()
+            room.enter_context(_room.alone())
+            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id, is_alone=True))
         if attempt > MAX_DEATHS:
             raise RunError(
                 f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
@@ -347,4 +350,5 @@ def _configure_ray_data() -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a large shard on a slow actor may take longer than any limit
     context.max_consecutive_actor_init_deaths = MAX_DEATHS  # a node lost while its actor loads is no reason to stop
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # all busy: Ray waits for more than we queue
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -126,7 +126,7 @@ class Predictor:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""
         torch.set_num_threads(self._num_threads)  # a thread's own: shards are worked on in several
         by_preprocessing = dict(zip((p.digest for p in self.preprocessings), pixels, strict=True))
-        with torch.inference_mode(), self._stream():
+        with torch.inference_mode(), self.own_stream():
             on_device = {
                 digest: batch.to(self._device, non_blocking=True, memory_format=torch.channels_last)
                 for digest, batch in by_preprocessing.items()
@@ -136,8 +136,8 @@ class Predictor:
                 for program, bundle in zip(self._programs, self.bundles, strict=True)
             ]
 
-    def _stream(self) -> AbstractContextManager[Any]:
-        """This thread's stream of the GPU."""
+    def own_stream(self) -> AbstractContextManager[Any]:
+        """This thread's stream of the GPU: memory that a kernel of it still reads is given to no other thread."""
         if self._device.type == "cpu":
             return nullcontext()
         if not hasattr(self._streams, "own"):

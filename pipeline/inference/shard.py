@@ -190,12 +190,12 @@ def predict_shard(
     """Predict the batches, write the shard's table files, return the receipt. Raises StorageError.
 
     Its first batch is made before the shard's turn at the networks and its files are written after it, while another
-    shard of this process has them.
+    shard of this process has them. `seconds` other than `write` are of its turn.
     """
     start, fetched_s = time.perf_counter(), log.fetch_s
     predict_s, outputs = 0.0, ShardOutputs(log.errors)
-    batches = _begun(batches)
-    with predictor.turns.next(start) as turn:
+    batches = _with_first_made(batches)
+    with predictor.turns.take(begun=start) as turn:
         hidden_s, busy_until = turn.began - start, turn.began
         log.fetch_s -= min(hidden_s, log.fetch_s - fetched_s)
         for predicted in predictor.map(batches):
@@ -219,7 +219,7 @@ def predict_shard(
             "decode": round(log.decode_s, 4),
             "predict": round(predict_s, 4),
             "write": round(end - write_start, 4),
-            "total": round(end - turn.began, 4),
+            "total": round(turn.total_s, 4),
             "cpu": round(turn.cpu_s, 4),
         },
         attempt=attempt,
@@ -228,7 +228,7 @@ def predict_shard(
     )
 
 
-def _begun(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _with_first_made(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same, the first of them there already."""
     iterator = iter(batches)
     return chain(list(islice(iterator, 1)), iterator)

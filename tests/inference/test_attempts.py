@@ -6,7 +6,7 @@ from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
 
 def test_attempts_at_a_shard_are_counted_from_one():
     attempts = ShardAttempts()
-    assert [attempts.begin("decode", 7) for _ in range(MAX_DEATHS)] == [1, 2, 3]
+    assert [attempts.begin("decode", 7, is_alone=True) for _ in range(MAX_DEATHS)] == [1, 2, 3]
     assert attempts.begin("decode", 8) == attempts.begin("predict", 7) == 1
 
 
@@ -18,11 +18,12 @@ def test_a_shard_that_was_done_is_not_to_blame_for_what_ends_its_task_but_not_fo
     assert attempts.begin("all", 7) > MAX_DEATHS
 
 
-def test_a_shard_that_waits_after_all_was_not_begun():
+def test_a_shard_whose_process_died_counts_as_begun_only_when_it_is_alone():
     attempts = ShardAttempts()
     assert attempts.begin("all", 7) == 1
-    attempts.withdraw("all", 7)
-    assert attempts.begin("all", 7) == 1
+    assert [attempts.begin("all", 7) for _ in range(MAX_DEATHS)] == [2, 2, 2]
+    assert [attempts.begin("all", 7, is_alone=True) for _ in range(2)] == [2, 3]
+    assert attempts.begin("all", 7) == 4 > MAX_DEATHS
 
 
 def test_the_process_that_counts_imports_neither_torch_nor_ray_data():

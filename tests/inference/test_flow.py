@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -136,18 +137,18 @@ def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
 
 
 class Shards:
-    """Works on shards in two threads of a process of its own, which some of them kill."""
+    """Works on shards in two threads of a process of its own."""
 
     def __init__(self, attempts) -> None:
-        self._attempts, self._at_once, self._most = attempts, 0, 0
+        self._attempts, self._meeting = attempts, threading.Barrier(2)
 
-    def do(self, shard_id: int) -> int:
+    def meets_another(self, shard_id: int, wait_s: float) -> bool:
         with attempting(self._attempts, "all", Shard(shard_id, None, None, 1, num_bytes=0)):
-            self._at_once += 1
-            self._most = max(self._most, self._at_once)
-            time.sleep(0.2)
-            self._at_once -= 1
-        return self._most
+            try:
+                self._meeting.wait(wait_s)
+            except threading.BrokenBarrierError:
+                return False
+        return True
 
 
 @pytest.mark.ray
@@ -155,12 +156,14 @@ def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are
     attempts = start_attempts()
     ray.get([attempts.begin.remote("all", shard_id) for shard_id in (1, 2)])  # and their process died
 
-    def most_at_once(*shard_ids: int) -> int:
+    def meet(*shard_ids: int, wait_s: float) -> list[bool]:
         worker = ray.remote(Shards).options(max_concurrency=2, num_cpus=0).remote(attempts)
-        return max(ray.get([worker.do.remote(shard_id) for shard_id in shard_ids]))
+        return ray.get([worker.meets_another.remote(shard_id, wait_s) for shard_id in shard_ids])
 
-    assert most_at_once(1, 2) == 1
-    assert most_at_once(3, 4) == 2
+    assert meet(3, 4, wait_s=30) == [True, True]
+    assert meet(1, 2, wait_s=0.2) == [False, False]
+    ray.get([attempts.begin.remote("all", 1, is_alone=True)])  # and it died again
+    assert meet(1, 5, wait_s=0.2) == [False, False]
 
 
 @pytest.mark.ray
@@ -177,6 +180,24 @@ def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
     with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
         run(world, run_id="killed")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_images_that_crash_in_several_shards_harm_no_other_shard(world, local_ray, monkeypatch):
+    class Crashing(PredictFused):
+        def __call__(self, rows):
+            shard = shard_of(rows)
+            if shard.shard_id in (0, 2, 3):
+                with attempting(self._attempts, "crash", shard) as attempt:
+                    time.sleep(0.1)  # the other shard of this process is under way
+                    if attempt <= 2:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(rows)
+
+    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Crashing)
+    summary = run(world, run_id="crashing")
+    assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 27, 3)
 
 
 def test_the_driver_does_without_torch():

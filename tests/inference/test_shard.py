@@ -220,8 +220,7 @@ def test_two_shards_at_once_give_the_bytes_and_take_the_turns_of_one_after_the_o
     took_s = time.perf_counter() - start
     committed = read_receipts(plan.run.uri, {receipt.shard_id for receipt in receipts})
     assert [receipt.files for receipt in receipts] == [receipt.files for receipt in committed]
-    in_turn_s = sum(receipt.seconds["total"] - receipt.seconds["write"] for receipt in receipts)
-    assert 0 < in_turn_s <= took_s + 0.01
+    assert 0 < sum(receipt.seconds["total"] for receipt in receipts) <= took_s + 0.01
 
 
 @settings(deadline=None)

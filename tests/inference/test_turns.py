@@ -1,4 +1,4 @@
-"""Shards of one process, one after the other at its networks."""
+"""Shards of one process: beside each other, or one after the other at its networks."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.inference.turns import Turn, Turns
+from pipeline.inference.turns import Room, Turn, Turns
 
 SHARDS = 4
 
@@ -15,7 +15,7 @@ def test_one_shard_at_a_time_has_the_networks():
     turns, inside, most = Turns(), [], []
 
     def work(shard: int) -> None:
-        with turns.next(time.perf_counter()):
+        with turns.take(begun=time.perf_counter()):
             inside.append(shard)
             most.append(len(inside))
             time.sleep(0.01)
@@ -28,12 +28,12 @@ def test_one_shard_at_a_time_has_the_networks():
 
 def test_a_turn_begins_when_its_shard_did_or_when_the_one_before_it_ended():
     turns, begun = Turns(), time.perf_counter()
-    with turns.next(begun) as first:
+    with turns.take(begun=begun) as first:
         pass
-    with turns.next(begun) as hidden:
+    with turns.take(begun=begun) as hidden:
         pass
     later = time.perf_counter()
-    with turns.next(later) as after_a_pause:
+    with turns.take(begun=later) as after_a_pause:
         pass
     assert first.began == begun < hidden.began < later == after_a_pause.began
 
@@ -43,7 +43,7 @@ def test_the_turns_of_a_process_use_all_its_cpu_seconds():
     turns, told = Turns(), []
     for _ in range(SHARDS):
         sum(range(200_000))  # what is done between turns is the next one's
-        with turns.next(time.perf_counter()) as turn:
+        with turns.take(begun=time.perf_counter()) as turn:
             sum(range(200_000))
         told.append(turn)
     used = time.process_time() - before
@@ -53,13 +53,52 @@ def test_the_turns_of_a_process_use_all_its_cpu_seconds():
 
 def test_a_shard_that_fails_leaves_the_networks_to_the_next():
     turns, done = Turns(), threading.Event()
-    with pytest.raises(ValueError, match="a shard's"), turns.next(time.perf_counter()):
+    with pytest.raises(ValueError, match="a shard's"), turns.take(begun=time.perf_counter()):
         raise ValueError("a shard's")
 
     def work() -> None:
-        with turns.next(time.perf_counter()) as turn:
+        with turns.take(begun=time.perf_counter()) as turn:
             assert isinstance(turn, Turn)
             done.set()
 
     threading.Thread(target=work, daemon=True).start()
     assert done.wait(5)
+
+
+def test_a_room_holds_its_size_of_shards_or_one_alone():
+    room, both_there, inside = Room(2), threading.Barrier(2, timeout=5), []
+
+    def work_beside() -> None:
+        with room.beside_others():
+            both_there.wait()
+
+    def work_alone() -> None:
+        with room.alone():
+            inside.append(1)
+            time.sleep(0.01)
+            assert inside == [1]
+            inside.clear()
+
+    def pass_by() -> None:
+        with room.beside_others():
+            assert inside == []
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: work_beside(), range(2)))
+    with ThreadPoolExecutor(SHARDS) as threads:
+        for done in [threads.submit(work) for _ in range(5) for work in (work_alone, pass_by, work_alone)]:
+            done.result(timeout=5)
+
+
+def test_who_is_to_be_alone_waits_for_the_others():
+    room, is_alone = Room(2), threading.Event()
+
+    def work_alone() -> None:
+        with room.alone():
+            is_alone.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        with room.beside_others():
+            threads.submit(work_alone)
+            assert not is_alone.wait(0.05)
+        assert is_alone.wait(5)
