@@ -1,13 +1,15 @@
-"""Training of ResNet-18 at 176 pixels beside a loop in the style of torchvision's reference, on this machine's CPUs.
+"""Training beside a loop in the style of torchvision's reference: ResNet-18 at 176 pixels on CPUs, or on a GPU.
 
     python -m benchmarks.training_speed --images ../shared/data/imagenet-sample-700.tar [--steps 12] [--rounds 3]
+        [--device cuda --architecture resnet50 --size 224 --batch 256 --threads 16 --copies 100 --synthetic]
 
     ours        packed shards (shorter side 256), uint8, channels_last, the training loop itself, no Ray around it
-    reference   DataLoader with two processes over loose files, PIL, float32, NCHW: references/classification
+    reference   DataLoader with a process to a thread of ours over loose files, PIL, NCHW: references/classification;
+                float32, on a GPU under autocast in the same precision
 
-The same images, batch of 64, augmentation (random-resized crop, flip) and optimizer. The two alternate; each round is
-timed from its third step on; medians and their ratio are printed, with the data-wait of ours. `--synthetic` adds ours
-on pixels that are there already: what the loop could do if data cost nothing.
+The same images (`--copies` of each), batch, augmentation (random-resized crop, flip) and optimizer. The two alternate;
+each round is timed from its third step on; medians and their ratio are printed, with the data-wait of ours.
+`--synthetic` adds ours on pixels that are there already: what the loop could do if data cost nothing.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from pipeline.training.loop import Trainee, batches_of, make_loader
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Worker
 
-SIZE, BATCH, WARM_UP = 176, 64, 2
+WARM_UP = 2
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        _unpack(arguments.images, root)
+        _unpack(arguments, root)
         run = _packed_run(root, arguments)
         rates: dict[str, list[float]] = {"reference": [], "ours": [], "synthetic": []}
         waits = []
@@ -76,13 +78,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--synthetic", action="store_true", help="also on pixels that are there already")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--architecture", default="resnet18", help="torchvision's name")
+    parser.add_argument("--size", type=int, default=176, help="pixels")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--copies", type=int, default=1, help="of each image, to fill an epoch")
     return parser.parse_args()
 
 
-def _unpack(archive: str, root: Path) -> None:
+def _unpack(arguments: argparse.Namespace, root: Path) -> None:
     """Loose files in ten class folders: what the classes mean costs no time."""
-    with tarfile.open(archive) as tar:
+    with tarfile.open(arguments.images) as tar:
         for number, member in enumerate(member for member in tar if member.name.endswith(".JPEG")):
             content = tar.extractfile(member)
             assert content is not None
@@ -90,6 +97,8 @@ def _unpack(archive: str, root: Path) -> None:
             path = root / part / f"class{number % 10}" / Path(member.name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read())
+            for copy in range(1, arguments.copies if part == "images" else 1):
+                path.with_name(f"{copy}-{path.name}").hardlink_to(path)
 
 
 def _packed_run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
@@ -114,56 +123,67 @@ def _packed_run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
         run_id="speed",
         name="speed",
         version="1",
-        architecture={"name": "resnet18"},
+        architecture={"name": arguments.architecture},
         steps=arguments.steps,
-        batch_size=BATCH,
-        augment={"size": SIZE},
+        batch_size=arguments.batch,
+        augment={"size": arguments.size},
         evaluation={"preprocessing": {"resize_size": 256, "crop_size": 224}},
         compute={"precision": arguments.precision},
     )
-    return make_run(config).model_copy(update={"device": "cpu"})
+    return make_run(config).model_copy(update={"device": arguments.device})
 
 
 def _ours(run: TrainingRun, arguments: argparse.Namespace) -> tuple[float, float]:
     """Images per second and the share of the time spent waiting for data."""
-    worker = Worker(num_threads=arguments.threads)
+    worker = Worker(num_threads=arguments.threads, device=torch.device(arguments.device))
     images = TrainingSet.open(run.config.train)
     trainee = Trainee(run, worker, images)
     batches = storage.run_ahead(batches_of(run, worker, make_loader(run, worker, images), 0), 3)
     num_images, start, wait_s = 0, 0.0, 0.0
     for number in range(arguments.steps):
         if number == WARM_UP:
+            _settle(arguments)
             num_images, start, wait_s = 0, time.perf_counter(), 0.0
         wait_start = time.perf_counter()
         batch = next(batches)
         wait_s += time.perf_counter() - wait_start
         trainee.train_step(batch, 0.01)
         num_images += len(batch.labels)
+    _settle(arguments)
     elapsed_s = time.perf_counter() - start
     return num_images / elapsed_s, wait_s / elapsed_s
 
 
 def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:
-    worker = Worker(num_threads=arguments.threads)
+    worker = Worker(num_threads=arguments.threads, device=torch.device(arguments.device))
     images = TrainingSet.open(run.config.train)
     trainee = Trainee(run, worker, images)
-    batch = next(iter(make_loader(run, worker, images).batches(0, 0, rank=0, world_size=1, size_at=lambda _: SIZE)))
+    loader = make_loader(run, worker, images)
+    batch = next(iter(loader.batches(0, 0, rank=0, world_size=1, size_at=lambda _: arguments.size)))
     start = 0.0
     for number in range(arguments.steps):
         if number == WARM_UP:
+            _settle(arguments)
             start = time.perf_counter()
         trainee.train_step(batch, 0.01)
+    _settle(arguments)
     return (arguments.steps - WARM_UP) * len(batch.labels) / (time.perf_counter() - start)
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """What the GPU was given is done."""
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
 
 
 class _Files(Dataset[tuple[torch.Tensor, int]]):
     """torchvision's ImageFolder with the reference's training preset, spelled out."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, size: int) -> None:
         self._paths = sorted(root.rglob("*.JPEG"))
         self._transform = transforms.Compose(
             [
-                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomResizedCrop(size),
                 transforms.RandomHorizontalFlip(),
                 transforms.PILToTensor(),
                 transforms.ConvertImageDtype(torch.float32),
@@ -181,24 +201,35 @@ class _Files(Dataset[tuple[torch.Tensor, int]]):
 
 
 def _reference(root: Path, arguments: argparse.Namespace) -> float:
-    network = models.resnet18(num_classes=10).train()
+    device = torch.device(arguments.device)
+    network = models.get_model(arguments.architecture, num_classes=10).to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     criterion = torch.nn.CrossEntropyLoss()
-    loader: Any = DataLoader(_Files(root), BATCH, shuffle=True, num_workers=2, drop_last=True)
+    loader: Any = DataLoader(
+        _Files(root, arguments.size),
+        arguments.batch,
+        shuffle=True,
+        num_workers=arguments.threads,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+    )
     number, num_images, start = 0, 0, 0.0
     while number < arguments.steps:
         for images, labels in loader:
-            loss = criterion(network(images), labels)
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                loss = criterion(network(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             number += 1
             if number == WARM_UP:
+                _settle(arguments)
                 start = time.perf_counter()
             if number > WARM_UP:
                 num_images += len(labels)
             if number == arguments.steps:
                 break
+    _settle(arguments)
     return num_images / (time.perf_counter() - start)
 
 

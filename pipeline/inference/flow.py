@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -41,6 +41,9 @@ from pipeline.inference.reconcile import reconcile
 from pipeline.inference.turns import Room
 from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
+
+if TYPE_CHECKING:
+    from pipeline.data.transforms import Preprocessing  # torch's import, which the driver does without
 
 _COMMITS_IN_FLIGHT = 16
 _SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
@@ -245,18 +248,25 @@ class PredictFused:
 def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     """A CPU task that fetches and decodes a shard to one uint8 block per preprocessing."""
     from pipeline.data.loader import LoadLog
-    from pipeline.inference.predictor import distinct_preprocessings
     from pipeline.inference.shard import DecodedShard, load_shard
-    from pipeline.models.bundle import Bundle
 
     shard, log = shard_of(rows), LoadLog()
-    preprocessings = distinct_preprocessings([Bundle.load(model.uri) for model in run.models])
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
+    preprocessings = _preprocessings_of(tuple(model.uri for model in run.models))
     with attempting(attempts, "decode", shard) as attempt:
+        isolated, batch_size = should_isolate(run, attempt), shard.num_images
         batches = load_shard(
-            run, manifest, shard, preprocessings, num_threads=1, isolated=should_isolate(run, attempt), log=log
+            run, manifest, shard, preprocessings, num_threads=1, isolated=isolated, log=log, batch_size=batch_size
         )
-        return DecodedShard.gather(shard, attempt, list(batches), preprocessings, log).to_row()
+        return DecodedShard.gather(shard, attempt, batches, preprocessings, log).to_row()
+
+
+@cache  # a process has many tasks of one run
+def _preprocessings_of(model_uris: tuple[str, ...]) -> list["Preprocessing"]:
+    from pipeline.inference.predictor import distinct_preprocessings
+    from pipeline.models.bundle import Bundle
+
+    return distinct_preprocessings([Bundle.load(uri) for uri in model_uris])
 
 
 class PredictSplit:
@@ -291,6 +301,7 @@ def should_isolate(run: Run, attempt: int) -> bool:
     return attempt > (1 if run.decode == "cpu" else MAX_DEATHS - 1)
 
 
+@cache
 def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
     """The manifest of a run under way. Raises RunError where another has taken its place."""
     manifest = Manifest.open(manifest_uri)

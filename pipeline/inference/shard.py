@@ -42,11 +42,18 @@ def load_shard(
     isolated: bool,
     log: LoadLog,
     pin_memory: bool = False,
+    batch_size: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of one shard's images: `fetch_shard`, then `decode_batches`, overlapped. Raises StorageError."""
-    encoded = fetch_shard(run, manifest, shard)
     return decode_batches(
-        run, encoded, preprocessings, num_threads=num_threads, isolated=isolated, log=log, pin_memory=pin_memory
+        run,
+        fetch_shard(run, manifest, shard),
+        preprocessings,
+        num_threads=num_threads,
+        isolated=isolated,
+        log=log,
+        pin_memory=pin_memory,
+        batch_size=batch_size,
     )
 
 
@@ -80,11 +87,14 @@ def decode_batches(
     isolated: bool,
     log: LoadLog,
     pin_memory: bool = False,
+    batch_size: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of a shard's encoded images, decoded and preprocessed `num_threads` at a time, or on the GPU.
 
-    `isolated` decodes each image in a child process, so that one that kills its decoder is named and harms no other.
+    They are the run's in size unless told otherwise. `isolated` decodes each image in a child process, so that one that
+    kills its decoder is named and harms no other.
     """
+    batch_size = batch_size or run.batch_size
     max_pixels, shrink_to = run.images.max_pixels, _shrink_to(run, preprocessings)
     views = [preprocessing.apply for preprocessing in preprocessings]
     if run.decode == "gpu" and not isolated:
@@ -92,7 +102,7 @@ def decode_batches(
         decode_group = partial(
             nvjpeg.decode_group, device=device, num_threads=num_threads, max_pixels=max_pixels, shrink_to=shrink_to
         )
-        yield from load_batches_on_gpu(encoded, decode_group, views, batch_size=run.batch_size, device=device, log=log)
+        yield from load_batches_on_gpu(encoded, decode_group, views, batch_size=batch_size, device=device, log=log)
         return
     with ExitStack() as stack:
         decode = image_data.decode
@@ -102,7 +112,7 @@ def decode_batches(
             encoded,
             partial(decode, max_pixels=max_pixels, shrink_to=shrink_to),
             views,
-            batch_size=run.batch_size,
+            batch_size=batch_size,
             num_threads=1 if isolated else num_threads,
             log=log,
             pin_memory=pin_memory,
@@ -130,17 +140,16 @@ class DecodedShard:
 
     @classmethod
     def gather(
-        cls, shard: Shard, attempt: int, batches: list[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
+        cls, shard: Shard, attempt: int, batches: Iterable[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
     ) -> "DecodedShard":
-        """One block per preprocessing out of the shard's batches."""
-        rows = np.array([row for batch in batches for row in batch.rows], np.int64)
-        pixels = [
-            np.concatenate([batch.pixels[index].permute(0, 2, 3, 1).numpy() for batch in batches])
-            if batches
-            else np.empty((0, preprocessing.crop_size, preprocessing.crop_size, 3), np.uint8)
-            for index, preprocessing in enumerate(preprocessings)
-        ]
-        return cls(shard, attempt, rows, pixels, log)
+        """Of the shard's images as one batch; of none where none decoded."""
+        gathered = list(batches)
+        if not gathered:
+            empty = [np.empty((0, size, size, 3), np.uint8) for size in (each.crop_size for each in preprocessings)]
+            return cls(shard, attempt, np.empty(0, np.int64), empty, log)
+        [batch] = gathered
+        pixels = [block.permute(0, 2, 3, 1).numpy() for block in batch.pixels]
+        return cls(shard, attempt, np.array(batch.rows, np.int64), pixels, log)
 
     def batches(self, batch_size: int, *, pin_memory: bool = False) -> Iterator[Batch]:
         """The batches that the fused form would have made; copies, of a batch each: the store's pages are read-only."""

@@ -52,10 +52,10 @@ class Stages:
         return self._timed(self._decode)
 
     def warm_up(self) -> None:
-        """A batch through the networks: the first is slower."""
+        """A shard through the networks: the first batch is slower, and a GPU that was idle wakes slowly."""
         assert self._predictor is not None
         for held in self._held[:1]:
-            list(self._predictor.map(held.batches[:1]))
+            list(self._predictor.map(held.batches))
 
     def predict(self) -> Timed:
         """Outputs from pixels."""

@@ -5,6 +5,7 @@ A package is native code: who may write to a registry may run code where its bun
 
 import copy
 import hashlib
+import io
 import logging
 import platform
 import tempfile
@@ -187,14 +188,16 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
 def _open(package: bytes, target: Target) -> Program:
     # Unpacked here, since what the loader unpacks itself stays behind when its process is killed; and not by
     # torch._inductor.aoti_load_package, which makes the same call after an import of 4 s.
+    num_runners = 1 if target.device == "cpu" else _RUNNERS_ON_GPU
     with tempfile.TemporaryDirectory(prefix="compiled-") as folder:
-        file = Path(folder, "model.pt2")
-        file.write_bytes(package)
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(io.BytesIO(package)) as archive:
             archive.extractall(folder)
-        file.unlink()
-        num_runners = 1 if target.device == "cpu" else _RUNNERS_ON_GPU
-        loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, num_runners, -1)
+        try:
+            loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, num_runners, -1)
+        except RuntimeError:  # torch 2.11 takes no folder
+            file = Path(folder, "model.pt2")
+            file.write_bytes(package)
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, num_runners, -1)
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
         num_images = len(pixels)

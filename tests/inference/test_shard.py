@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -116,8 +117,9 @@ def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
     shard = next(plan.pending_shards())
     log = LoadLog()
     options = {"num_threads": 2, "isolated": False, "log": log}
-    streamed = list(load_shard(plan.run, plan.manifest, shard, predictor.preprocessings, **options))
-    decoded = DecodedShard.gather(shard, 1, streamed, predictor.preprocessings, log)
+    load = partial(load_shard, plan.run, plan.manifest, shard, predictor.preprocessings, **options)
+    streamed, as_one = list(load()), load(batch_size=shard.num_images)
+    decoded = DecodedShard.gather(shard, 1, as_one, predictor.preprocessings, log)
     handed_over = DecodedShard.from_row(decoded.to_row())
     assert (handed_over.shard, handed_over.attempt) == (shard, 1)
     assert [str(error) for error in handed_over.log.errors.values()] == [str(error) for error in log.errors.values()]
