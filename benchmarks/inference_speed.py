@@ -75,6 +75,8 @@ def main() -> None:
         spread(arguments.images, root / "images", arguments.num_images)
         manifests = make_sets(root, arguments)
         precisions = ("auto", "int8") if arguments.int8 else ("auto",)
+        for name in arguments.architectures:
+            publish_bundle(name, root)
         compile_s = {name: compile_bundle(name, root, precisions) for name in arguments.architectures}
         contestants = choose_contestants(root, manifests, arguments)
         figures = {name: measure(name, contestants, root, arguments.rounds) for name in arguments.architectures}
@@ -148,8 +150,8 @@ def upload(folder: Path, prefix: str) -> None:
         pass
 
 
-def compile_bundle(architecture: str, root: Path, precisions: Sequence[str] = ("auto",)) -> dict[str, float]:
-    """Publish a bundle with the peers' weights, seeded and random, and compile it; each jobs.compile's seconds."""
+def publish_bundle(architecture: str, root: Path) -> None:
+    """A bundle with the peers' weights, seeded and random."""
     torch.manual_seed(0)
     network = Network(models.get_model(architecture).eval(), "fc")
     bundle, weights = pack(
@@ -161,6 +163,10 @@ def compile_bundle(architecture: str, root: Path, precisions: Sequence[str] = ("
         preprocessing=Preprocessing(resize_size=256, crop_size=224),
     )
     publish(str(root / "registry"), bundle, weights)
+
+
+def compile_bundle(architecture: str, root: Path, precisions: Sequence[str] = ("auto",)) -> dict[str, float]:
+    """Each jobs.compile's seconds."""
     places = ("--registry", str(root / "registry"), "--bundle", architecture, "--manifest", str(root / "manifest"))
     return {
         precision: round(

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.inference_speed import compile_bundle, list_images, spread
+from benchmarks.inference_speed import compile_bundle, list_images, publish_bundle, spread
 from benchmarks.running import predict, run_command
 
 ARCHITECTURE = "resnet18"
@@ -37,6 +37,7 @@ def main() -> None:
         root = Path(folder)
         spread(arguments.images, root / "images", arguments.num_images)
         list_images(str(root / "images"), str(root / "manifest"), "--shard_size", str(_BATCH))
+        publish_bundle(ARCHITECTURE, root)
         compile_bundle(ARCHITECTURE, root)
         for number in range(arguments.rounds):
             seconds["null"].append(time_null_job())
