@@ -4,7 +4,7 @@ import io
 import os
 import stat
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import fsspec.asyn
 import obstore
@@ -13,6 +13,9 @@ from pipeline.errors import ObjectNotFoundError, StorageError
 from pipeline.storage.names import split
 from pipeline.storage.objects import ObjectInfo, StoredObject, clean_etag, file_etag
 from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
+
+Found: TypeAlias = tuple[bytes | obstore.Bytes, str | None]
+"""What an object holds, and the etag it was read under."""
 
 
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -28,17 +31,8 @@ def read_object(uri: str, start: int | None = None, end: int | None = None) -> S
 
     Raises ObjectNotFoundError, AccessDeniedError, StorageError.
     """
-    scheme, path = split(uri)
-    with translated(uri):
-        if scheme == "file":
-            return _read_file(path, start, end)
-        bucket, _, key = path.partition("/")
-        if is_for_obstore(scheme, key):
-            with suppress(ValueError):  # a name that obstore refuses
-                return _read_obstore(scheme, bucket, key, start, end)
-        if scheme == "s3":
-            return _read_s3fs(bucket, key, start, end)
-        return StoredObject(filesystem(scheme).cat_file(path, start=start, end=end), None)
+    data, etag = _read(uri, start, end)
+    return StoredObject(bytes(data), etag)
 
 
 def head(uri: str) -> ObjectInfo:
@@ -101,39 +95,54 @@ class _RangedReads(io.RawIOBase):
         end = min(self._position + len(buffer), self._info.size)
         if end <= self._position:
             return 0
-        found = read_object(self._info.uri, self._position, end)
-        if found.etag != self._info.etag or len(found.data) != end - self._position:
+        data, etag = _read(self._info.uri, self._position, end)
+        if etag != self._info.etag or len(data) != end - self._position:
             raise StorageError(f"{self._info.uri!r}: changed while it was read")
-        buffer[: len(found.data)] = found.data
+        buffer[: len(data)] = memoryview(data)
         self._position = end
-        return len(found.data)
+        return len(data)
 
 
-def _read_file(path: str, start: int | None, end: int | None) -> StoredObject:
+def _read(uri: str, start: int | None, end: int | None) -> Found:
+    """`read_object`, of a large object without the copy that makes it bytes."""
+    scheme, path = split(uri)
+    with translated(uri):
+        if scheme == "file":
+            return _read_file(path, start, end)
+        bucket, _, key = path.partition("/")
+        if is_for_obstore(scheme, key):
+            with suppress(ValueError):  # a name that obstore refuses
+                return _read_obstore(scheme, bucket, key, start, end)
+        if scheme == "s3":
+            return _read_s3fs(bucket, key, start, end)
+        return filesystem(scheme).cat_file(path, start=start, end=end), None
+
+
+def _read_file(path: str, start: int | None, end: int | None) -> Found:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep the reader waiting, a device never end
         raise FileNotFoundError(f"{path} is no regular file")
     with open(path, "rb") as file:
         etag = file_etag(os.fstat(file.fileno()))
         file.seek(start or 0)
-        return StoredObject(file.read(-1 if end is None else end - (start or 0)), etag)
+        return file.read(-1 if end is None else end - (start or 0)), etag
 
 
-def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None) -> StoredObject:
+def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None) -> Found:
     options: Any = {}
     if start is not None or end is not None:
         options["range"] = (start or 0, end) if end is not None else {"offset": start or 0}
     result = obstore.get(obstore_of(scheme, bucket), key, options=options)
-    return StoredObject(bytes(result.bytes()), clean_etag(result.meta["e_tag"]))
+    return result.bytes(), clean_etag(result.meta["e_tag"])
 
 
-def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None) -> StoredObject:
+def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None) -> Found:
     files = filesystem("s3")
     is_whole = start is None and end is None
     byte_range = {} if is_whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
 
-    async def get() -> StoredObject:
+    async def get() -> Found:
         response = await files._call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
-        return StoredObject(await response["Body"].read(), clean_etag(response["ETag"]))
+        return await response["Body"].read(), clean_etag(response["ETag"])
 
-    found: StoredObject = fsspec.asyn.sync(files.loop, get)
+    found: Found = fsspec.asyn.sync(files.loop, get)
     return found
