@@ -178,7 +178,7 @@ class TrainLoader:
                 torch.tensor([float(image.pixels is not None) for image in part]),
                 torch.from_numpy(parts.draws(step)),
             )
-            yield _pinned(batch) if self.pin_memory else batch
+            yield pinned(batch) if self.pin_memory else batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,8 @@ class _Parts:
             yield from ((size, draws) for draws in self.draws(step))
 
 
-def _pinned(batch: TrainBatch) -> TrainBatch:
+def pinned(batch: TrainBatch) -> TrainBatch:
+    """The batch in pinned memory, from which copies to a GPU need not be waited for."""
     pixels, labels, weights = (tensor.pin_memory() for tensor in (batch.pixels, batch.labels, batch.weights))
     return replace(batch, pixels=pixels, labels=labels, weights=weights)
 

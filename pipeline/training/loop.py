@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
+from pipeline.data.decoding_processes import decoded_by_processes
 from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError, StorageError
@@ -33,6 +34,7 @@ from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
 
 NUM_HARDEST = 24
+_THREADS_TO_A_PROCESS = 4  # that decode: the interpreter is a tenth of an image's work, and is fought for
 
 Loader = TrainLoader | CachedLoader
 
@@ -279,10 +281,31 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
 
 def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
     """This rank's batches from a step of the run on, epoch after epoch, to the last step."""
+    rank, world_size = worker.rank, worker.world_size
+    if isinstance(loader, CachedLoader) or (num_processes := _num_processes(run, worker, loader)) == 1:
+        return _in_order(run, step, loader, rank, world_size)
+    return decoded_by_processes(
+        loader,
+        partial(_in_order, run, step),
+        rank=rank,
+        world_size=world_size,
+        num_processes=num_processes,
+        num_ahead=run.config.data.prefetch_batches,
+    )
+
+
+def _num_processes(run: TrainingRun, worker: Worker, loader: TrainLoader) -> int:
+    wanted = run.config.data.decode_processes
+    if wanted is None:
+        wanted = max(1, loader.num_threads // _THREADS_TO_A_PROCESS) if worker.device.type == "cuda" else 1
+    return min(wanted, max(1, loader.num_lanes // worker.world_size))
+
+
+def _in_order(run: TrainingRun, step: int, loader: Loader, rank: int, world_size: int) -> Iterator[TrainBatch]:
     while step < run.num_steps:
         epoch, first = divmod(step, run.steps_per_epoch)
         size_at = partial(_size_at, run, epoch)
-        for batch in loader.batches(epoch, first, rank=worker.rank, world_size=worker.world_size, size_at=size_at):
+        for batch in loader.batches(epoch, first, rank=rank, world_size=world_size, size_at=size_at):
             yield batch
             step += 1
             if step == run.num_steps:

@@ -34,6 +34,7 @@ MAY_CHANGE: dict[str, Any] = {
     "registry": True,
     "data": {
         "decode_threads",
+        "decode_processes",
         "prefetch_batches",
         "fetch_concurrency",
         "max_error_rate",

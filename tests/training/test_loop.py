@@ -97,6 +97,15 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_an_undisturbed_one(root
     assert [entry["top1"] for entry in there["evaluations"]] == [entry["top1"] for entry in here["evaluations"]]
 
 
+@pytest.mark.slow
+def test_a_run_decoded_by_processes_ends_with_the_weights_of_one_that_is_not(root):
+    runs = [
+        train_here(train_config(root, run_id=f"processes-{number}", data={"decode_processes": number}, **AUGMENTED))
+        for number in (1, 2)
+    ]
+    assert largest_difference(*(last_state(run)["network"] for run in runs)) == 0
+
+
 def test_a_cached_run_sees_what_an_uncached_one_sees(tmp_path):
     make_square_sets(tmp_path)
     fields = {"augment": {"crop": "pad", "size": 32}}

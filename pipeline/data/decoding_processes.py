@@ -1,0 +1,107 @@
+"""A worker's training batches, decoded by processes of their own.
+
+Threads that decode hold the interpreter while the loop wants it to launch a GPU's kernels, and one interpreter serves
+only so many images a second. So a worker may have several: each has the lanes of a rank of its own, and a batch is what
+they made of it, put together in the order of the epoch. Batches are the same whatever the number of processes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pipeline.data.train_loader import TrainBatch, TrainLoader, pinned
+from pipeline.errors import ImageError, PipelineError
+
+Batches: TypeAlias = Callable[[TrainLoader, int, int], Iterator[TrainBatch]]
+"""Of a loader, for a rank of so many: from where training is to where it ends. Crosses to the processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a process made of a batch, and the images, by uri, that have failed since its last part."""
+
+    batch: TrainBatch
+    errors: dict[str, ImageError]
+
+
+class _Parts(IterableDataset["_Part | PipelineError"]):
+    """One process's part of every batch; an error that ends them comes as the last."""
+
+    def __init__(self, loader: TrainLoader, batches: Batches, rank: int, world_size: int) -> None:
+        self._loader, self._batches, self._rank, self._world_size = loader, batches, rank, world_size
+
+    def __iter__(self) -> "Iterator[_Part | PipelineError]":
+        info = get_worker_info()
+        assert info is not None
+        ranks = _ranks_of(self._rank, self._world_size, info.num_workers)
+        try:
+            for batch in self._batches(self._loader, ranks[info.id], self._world_size * info.num_workers):
+                yield _Part(batch, _taken(self._loader.errors))
+        except PipelineError as error:
+            yield error
+
+
+def decoded_by_processes(
+    loader: TrainLoader, batches: Batches, *, rank: int, world_size: int, num_processes: int, num_ahead: int
+) -> Iterator[TrainBatch]:
+    """What `batches` gives for this rank, each of `num_processes` decoding its part `num_ahead` batches ahead.
+
+    The loader's threads are shared out among them, and what fails is added to its `errors`. Raises what `batches`
+    raises, and RuntimeError where a process dies.
+    """
+    num_threads = max(1, loader.num_threads // num_processes)
+    theirs = replace(loader, num_threads=num_threads, pin_memory=False, errors={})
+    parts = iter(
+        DataLoader(
+            _Parts(theirs, batches, rank, world_size),
+            batch_size=None,
+            num_workers=num_processes,
+            prefetch_factor=num_ahead,
+            multiprocessing_context="spawn",  # a fork would inherit locks that other threads hold
+        )
+    )
+    try:
+        while step := list(islice(parts, num_processes)):  # in the order of the processes, one of each
+            for part in step:
+                if isinstance(part, PipelineError):
+                    raise part
+                loader.errors.update(part.errors)
+            yield _together(loader, [part.batch for part in step], rank, world_size)
+    finally:
+        del parts  # which ends the processes, even where an exception keeps this frame
+
+
+def _ranks_of(rank: int, world_size: int, num_processes: int) -> list[int]:
+    """The ranks, of `world_size` × `num_processes`, that have the lanes of this one among them."""
+    return [rank + world_size * process for process in range(num_processes)]
+
+
+def _taken(errors: dict[str, ImageError]) -> dict[str, ImageError]:
+    """All errors, one by one: the threads that decode add others meanwhile."""
+    return dict(errors.popitem() for _ in range(len(errors)))
+
+
+def _together(loader: TrainLoader, parts: list[TrainBatch], rank: int, world_size: int) -> TrainBatch:
+    """The batch of the parts, its images in their order."""
+    first, num_parts = parts[0], len(parts)
+    ranks = _ranks_of(rank, world_size, num_parts)
+    shares = [loader.steps.share(first.step, each, world_size * num_parts) for each in ranks]
+    positions = np.sort(np.concatenate(shares))
+    places = [torch.from_numpy(np.searchsorted(positions, share)) for share in shares]
+    shape = (len(positions), *first.pixels.shape[1:])
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=loader.pin_memory)
+    for place, part in zip(places, parts, strict=True):
+        pixels[place] = part.pixels
+    order = torch.argsort(torch.cat(places))
+    uris = [uri for part in parts for uri in part.uris]
+    labels, weights, draws = (
+        torch.cat([getattr(part, name) for part in parts])[order] for name in ("labels", "weights", "draws")
+    )
+    uris = [uris[index] for index in order.tolist()]
+    batch = TrainBatch(first.step, first.num_global, uris, pixels, labels, weights, draws)
+    return pinned(batch) if loader.pin_memory else batch

@@ -1,0 +1,74 @@
+"""Batches that processes of a worker decode, beside those that it decodes itself."""
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.decoding_processes import decoded_by_processes
+from pipeline.data.readers import ReadLimits
+from pipeline.data.train_loader import TrainBatch, TrainLoader
+from pipeline.errors import StorageError
+from tests.data.test_train_loader import NUM_IMAGES, SIZE, assert_same, make_loader
+from tests.training_worlds import make_square_sets, pack_set
+
+pytestmark = pytest.mark.slow  # each process imports torch
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("sets")
+    make_square_sets(folder, num_images=NUM_IMAGES, side=10)
+    pack_set(folder / "train", folder / "packed")
+    return folder
+
+
+def two_epochs(loader: TrainLoader, rank: int, world_size: int) -> Iterator[TrainBatch]:
+    for epoch in range(2):
+        yield from loader.batches(epoch, 2 - epoch, rank=rank, world_size=world_size, size_at=lambda _: SIZE)
+
+
+def two_batches_and_an_outage(loader: TrainLoader, rank: int, world_size: int) -> Iterator[TrainBatch]:
+    yield from list(two_epochs(loader, rank, world_size))[:2]
+    raise StorageError("the store is down")
+
+
+@pytest.mark.parametrize(("kind", "rank", "world_size"), [("packed", 0, 1), ("train", 1, 2)])
+def test_batches_are_those_that_the_worker_would_decode_itself(root, kind, rank, world_size):
+    loader = make_loader(root / kind)
+    expected = list(two_epochs(loader, rank, world_size))
+    decoded = decoded_by_processes(loader, two_epochs, rank=rank, world_size=world_size, num_processes=2, num_ahead=2)
+    assert_same(list(decoded), expected)
+
+
+def test_images_that_fail_in_a_process_are_the_loaders_errors(root):
+    loader = make_loader(root / "train", limits=ReadLimits(allowed_roots=["s3://"]))
+    batches = list(decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1))
+    assert not any(batch.weights.any() for batch in batches)
+    here = make_loader(root / "train", limits=ReadLimits(allowed_roots=["s3://"]))
+    list(two_epochs(here, 0, 1))
+    assert {error.error for error in loader.errors.values()} == {"not_allowed"}
+    assert loader.errors.keys() == here.errors.keys()
+
+
+def test_what_ends_a_process_ends_the_batches_at_its_turn(root):
+    loader = make_loader(root / "packed")
+    decoded = decoded_by_processes(
+        loader, two_batches_and_an_outage, rank=0, world_size=1, num_processes=2, num_ahead=2
+    )
+    assert_same([next(decoded), next(decoded)], list(two_epochs(loader, 0, 1))[:2])
+    with pytest.raises(StorageError, match="the store is down"):
+        next(decoded)
+
+
+def test_a_process_that_is_killed_is_noticed_and_none_outlives_the_batches(root):
+    loader = make_loader(root / "packed")
+    decoded = decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1)
+    next(decoded)
+    started = multiprocessing.active_children()
+    assert len(started) == 2
+    started[0].kill()
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(decoded)
+    assert multiprocessing.active_children() == []
