@@ -154,7 +154,7 @@ def ours(root: Path, manifest: str, architecture: str, decode: str, arguments: a
     if seen is None:
         return figures
     use, watts = seen
-    joules = round(watts / verdict["images_per_s"], 4)
+    joules = round(watts * ran.summary["layout"]["num_actors"] / verdict["images_per_s"], 4)
     return {**figures, "gpu_use_percent": round(use), "watts": round(watts), "joules_per_image": joules}
 
 

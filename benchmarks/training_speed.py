@@ -216,7 +216,8 @@ def _reference(root: Path, arguments: argparse.Namespace) -> float:
     number, num_images, start = 0, 0, 0.0
     while number < arguments.steps:
         for images, labels in loader:
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            is_mixed = device.type == "cuda" and arguments.precision == "bfloat16"
+            with torch.autocast("cuda", torch.bfloat16, enabled=is_mixed):
                 loss = criterion(network(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
             optimizer.zero_grad()
             loss.backward()

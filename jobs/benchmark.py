@@ -26,7 +26,7 @@ from pipeline.inference.estimate import choose_sample, try_shards
 from pipeline.inference.layout import STAGES, Layout, Stage, choose_layout
 from pipeline.inference.plan import Run, make_plan, resolve_inputs
 
-_SHARDS_TO_AN_ACTOR = 8  # where others decode for it
+_SHARDS_TO_AN_ACTOR = 8  # with a GPU, or where others decode for it: it does all their stages itself
 
 
 class BenchmarkConfig(JobConfig):
@@ -59,7 +59,7 @@ class BenchmarkConfig(JobConfig):
 
 
 def main(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measure the stages, the whole, and the stages again; what bound it, and the share reached."""
+    """Measure the stages, the whole, and the stages again if so asked; what bound it, and the share reached."""
     scratch_uri = storage.join(storage.normalise(config.output), f"benchmark-{uuid4().hex[:12]}")
     of_run = config.as_predict().model_copy(update={"output": scratch_uri})
     manifest, models = resolve_inputs(of_run)
@@ -108,7 +108,8 @@ def measure_stages(
     num_cpus = pools_of(layout, nodes)[0].size
     on_cpus: tuple[Stage, ...] = ("fetch",) if "decode" in layout.stages_on_gpu else ("fetch", "decode")
     of_cpus = _measure(run, shards, num_cpus, {"num_cpus": 1}, on_cpus)
-    some = shards[: layout.num_actors * _SHARDS_TO_AN_ACTOR]  # which decodes all that it predicts, be it on one CPU
+    every = math.ceil(len(shards) / (layout.num_actors * _SHARDS_TO_AN_ACTOR))
+    some = shards[::every]  # from all over the set
     return {**_measure(run, some, layout.num_actors, actor, STAGES), **of_cpus}
 
 

@@ -85,7 +85,7 @@ def _decode_or_none(encoded: Sequence[bytes], device: torch.device) -> Sequence[
 
 def _decode_jpegs(encoded: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
     # nvJPEG writes on streams of its own without waiting for this one's, where kernels may still read what the
-    # allocator now gives to it (pytorch/vision issue 9606); that is this thread's alone where its stream is its own.
+    # allocator now gives to it (pytorch/vision issue 9606). So threads that decode at once need a stream each.
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     tensors = [images.as_tensor(data) for data in encoded]

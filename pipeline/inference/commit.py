@@ -21,8 +21,8 @@ class Receipt:
     `num_predicted` + `num_errors` = `num_images`; `errors` counts them by `stage/error`; `seconds` by stage, plus
     `total`, those of its turn at the networks, and `cpu`, those of the CPUs that the process used meanwhile; `attempt`
     is 1 unless earlier ones died; `node` is where it was done; `began_at` and `ended_at` are unix seconds. What another
-    shard's turn hid is in none of them but `write`, which comes after the turn: the totals of a process's shards add up
-    to the time it took.
+    shard's turn hid is not in `total`, nor is `write`, which comes after the turn: the totals of a process's shards add
+    up to the time it took.
     """
 
     shard_id: int

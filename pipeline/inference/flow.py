@@ -9,6 +9,7 @@ kills its process is retried with isolated decoding (where GPUs decode: at last)
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -145,6 +146,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     if networks.should_compile_first(plan.run):
         compile_first(plan, layout)
     num_actors = min(layout.num_actors, len(shards))
+    fair_share = math.ceil(len(shards) / num_actors)  # else the first actor that is ready takes the others'
     dataset = shard_dataset(shards)
     worker = {"run": plan.run, "attempts": start_attempts()}
     if layout.form == "split":
@@ -160,8 +162,8 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
             min_size=1,
             max_size=num_actors,
             initial_size=num_actors,
-            max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
-            max_concurrent_calls_per_actor=_SHARDS_AT_ONCE,
+            max_tasks_in_flight_per_actor=min(_TASKS_IN_FLIGHT, fair_share),
+            max_concurrent_calls_per_actor=min(_SHARDS_AT_ONCE, fair_share),
             enable_true_multi_threading=True,
         ),
     )
@@ -252,7 +254,7 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
 
     shard, log = shard_of(rows), LoadLog()
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
-    preprocessings = _preprocessings_of(tuple(model.uri for model in run.models))
+    preprocessings = _preprocessings_of(run.models)
     with attempting(attempts, "decode", shard) as attempt:
         isolated, batch_size = should_isolate(run, attempt), shard.num_images
         batches = load_shard(
@@ -262,11 +264,10 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
 
 
 @cache  # a process has many tasks of one run
-def _preprocessings_of(model_uris: tuple[str, ...]) -> list["Preprocessing"]:
-    from pipeline.inference.predictor import distinct_preprocessings
-    from pipeline.models.bundle import Bundle
+def _preprocessings_of(models: tuple[Model, ...]) -> list["Preprocessing"]:
+    from pipeline.inference.predictor import distinct_preprocessings, load_unchanged
 
-    return distinct_preprocessings([Bundle.load(uri) for uri in model_uris])
+    return distinct_preprocessings([load_unchanged(model) for model in models])
 
 
 class PredictSplit:
@@ -303,7 +304,7 @@ def should_isolate(run: Run, attempt: int) -> bool:
 
 @cache
 def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
-    """The manifest of a run under way. Raises RunError where another has taken its place."""
+    """The manifest of a run under way, opened once per process. Raises RunError where another has taken its place."""
     manifest = Manifest.open(manifest_uri)
     if manifest.digest != digest:
         raise RunError(f"{manifest_uri}: expected the manifest the run began with, found another in its place")
@@ -340,7 +341,7 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
                 "fewer actors) or lost nodes, then run again"
             )
         yield attempt
-    attempts.end.remote(stage, shard.shard_id)
+        attempts.end.remote(stage, shard.shard_id)
 
 
 def start_attempts() -> Any:
@@ -361,5 +362,7 @@ def _configure_ray_data() -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a large shard on a slow actor may take longer than any limit
     context.max_consecutive_actor_init_deaths = MAX_DEATHS  # a node lost while its actor loads is no reason to stop
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # all busy: Ray waits for more than we queue
+    scaling = context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold = 1.0  # all busy: Ray waits for more than we queue
+    scaling.actor_pool_util_downscaling_threshold = -1.0  # an actor that is idle for a moment took long to start
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -75,7 +75,7 @@ class Predictor:
     """
 
     def __init__(self, run: Run, manifest: Manifest) -> None:
-        self.bundles = [_load_unchanged(model) for model in run.models]
+        self.bundles = [load_unchanged(model) for model in run.models]
         self.preprocessings = distinct_preprocessings(self.bundles)
         self._tables = run.tables
         self._device = torch.device(run.device)
@@ -160,7 +160,8 @@ class Predictor:
             return embeddings.cpu().numpy().astype(self._tables.embedding_type, copy=False)
 
 
-def _load_unchanged(model: Model) -> Bundle:
+def load_unchanged(model: Model) -> Bundle:
+    """The model's bundle. Raises BundleError where it is not the one that the run began with."""
     bundle = Bundle.load(model.uri)
     if bundle.digest != model.digest:
         raise BundleError(

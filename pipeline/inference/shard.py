@@ -199,7 +199,7 @@ def predict_shard(
     """Predict the batches, write the shard's table files, return the receipt. Raises StorageError.
 
     Its first batch is made before the shard's turn at the networks and its files are written after it, while another
-    shard of this process has them. `seconds` other than `write` are of its turn.
+    shard of this process has them.
     """
     start, fetched_s = time.perf_counter(), log.fetch_s
     predict_s, outputs = 0.0, ShardOutputs(log.errors)

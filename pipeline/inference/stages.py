@@ -52,10 +52,10 @@ class Stages:
         return self._timed(self._decode)
 
     def warm_up(self) -> None:
-        """A shard through the networks: the first batch is slower, and a GPU that was idle wakes slowly."""
+        """A batch through the networks: the first is slower. A shard through a GPU's, which wakes slowly."""
         assert self._predictor is not None
         for held in self._held[:1]:
-            list(self._predictor.map(held.batches))
+            list(self._predictor.map(held.batches[: 1 if self._run.device == "cpu" else None]))
 
     def predict(self) -> Timed:
         """Outputs from pixels."""

@@ -194,9 +194,11 @@ def _open(package: bytes, target: Target) -> Program:
             archive.extractall(folder)
         try:
             loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, num_runners, -1)
-        except RuntimeError:  # torch 2.11 takes no folder
+        except RuntimeError as error:
+            if "zip archive" not in str(error):
+                raise
             file = Path(folder, "model.pt2")
-            file.write_bytes(package)
+            file.write_bytes(package)  # torch 2.11 takes no folder
             loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, num_runners, -1)
 
     def run(pixels: Tensor) -> tuple[Tensor, Tensor]:

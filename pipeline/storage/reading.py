@@ -14,7 +14,7 @@ from pipeline.storage.names import split
 from pipeline.storage.objects import ObjectInfo, StoredObject, clean_etag, file_etag
 from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
 
-Found: TypeAlias = tuple[bytes | obstore.Bytes, str | None]
+_Found: TypeAlias = tuple[bytes | obstore.Bytes, str | None]
 """What an object holds, and the etag it was read under."""
 
 
@@ -103,7 +103,7 @@ class _RangedReads(io.RawIOBase):
         return len(data)
 
 
-def _read(uri: str, start: int | None, end: int | None) -> Found:
+def _read(uri: str, start: int | None, end: int | None) -> _Found:
     """`read_object`, of a large object without the copy that makes it bytes."""
     scheme, path = split(uri)
     with translated(uri):
@@ -118,7 +118,7 @@ def _read(uri: str, start: int | None, end: int | None) -> Found:
         return filesystem(scheme).cat_file(path, start=start, end=end), None
 
 
-def _read_file(path: str, start: int | None, end: int | None) -> Found:
+def _read_file(path: str, start: int | None, end: int | None) -> _Found:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep the reader waiting, a device never end
         raise FileNotFoundError(f"{path} is no regular file")
     with open(path, "rb") as file:
@@ -127,7 +127,7 @@ def _read_file(path: str, start: int | None, end: int | None) -> Found:
         return file.read(-1 if end is None else end - (start or 0)), etag
 
 
-def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None) -> Found:
+def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None) -> _Found:
     options: Any = {}
     if start is not None or end is not None:
         options["range"] = (start or 0, end) if end is not None else {"offset": start or 0}
@@ -135,14 +135,14 @@ def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: in
     return result.bytes(), clean_etag(result.meta["e_tag"])
 
 
-def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None) -> Found:
+def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None) -> _Found:
     files = filesystem("s3")
     is_whole = start is None and end is None
     byte_range = {} if is_whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
 
-    async def get() -> Found:
+    async def get() -> _Found:
         response = await files._call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
         return await response["Body"].read(), clean_etag(response["ETag"])
 
-    found: Found = fsspec.asyn.sync(files.loop, get)
+    found: _Found = fsspec.asyn.sync(files.loop, get)
     return found

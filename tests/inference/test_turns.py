@@ -102,3 +102,13 @@ def test_who_is_to_be_alone_waits_for_the_others():
             threads.submit(work_alone)
             assert not is_alone.wait(0.05)
         assert is_alone.wait(5)
+
+
+def test_a_shard_that_fails_while_it_is_alone_gives_the_room_back():
+    room = Room(2)
+    with pytest.raises(ValueError, match="a shard's"), room.alone():
+        raise ValueError("a shard's")
+    with room.beside_others(), room.beside_others():
+        pass
+    with room.alone():
+        pass

@@ -1,6 +1,8 @@
 """Networks compiled ahead of time: found only where they fit, used only where they agree."""
 
+import io
 import json
+import zipfile
 
 import pytest
 import torch
@@ -152,3 +154,30 @@ def test_a_compiled_network_answers_as_the_eager_one_for_any_number_of_images(bu
             for ours, theirs in zip(program(pixels[:num_images]), expected, strict=True):
                 scale = float(theirs.abs().max())
                 torch.testing.assert_close(ours, theirs[:num_images], rtol=0, atol=tolerance * scale)
+
+
+class LoaderOfFiles:
+    """Torch 2.11's: of a folder it says what it says of any file that is no archive."""
+
+    def __init__(self, path: str, *_: object) -> None:
+        if not zipfile.is_zipfile(path):
+            raise RuntimeError("Failed to initialize zip archive: failed finding central directory")
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [inputs[0].float().mean((2, 3)), inputs[0].float()]
+
+
+def test_a_package_opens_where_the_loader_takes_no_folder_and_other_refusals_are_told(bundle_uri, monkeypatch):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as package:
+        package.writestr("data/model.so", b"native code")
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", LoaderOfFiles)
+    program = compiler._open(archive.getvalue(), target_of(bundle_uri))
+    assert program(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[0].shape == (2, 3)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", refuse)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        compiler._open(archive.getvalue(), target_of(bundle_uri))
