@@ -49,6 +49,12 @@ def pack_set(manifest_uri: Path | str, packed: Path) -> None:
     write_manifest(str(packed), PackedSource(f"{packed}/data"), shard_size=7, classes=loose.classes)
 
 
+def make_loose_and_packed_sets(root: Path, *, num_images: int) -> None:
+    """Manifests `train` and `packed` below `root`, of the same noise PNGs of ten pixels a side."""
+    make_square_sets(root, num_images=num_images, side=10)
+    pack_set(root / "train", root / "packed")
+
+
 def train_config(root: Path, **fields: Any) -> TrainConfig:
     """The config of a short training over `make_sets`."""
     places = {"train": "train", "evaluate_on": "evaluation", "output": "runs", "registry": "registry"}

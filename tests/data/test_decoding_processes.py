@@ -11,7 +11,7 @@ from pipeline.data.readers import ReadLimits
 from pipeline.data.train_loader import TrainBatch, TrainLoader
 from pipeline.errors import StorageError
 from tests.data.test_train_loader import NUM_IMAGES, SIZE, assert_same, make_loader
-from tests.training_worlds import make_square_sets, pack_set
+from tests.training_worlds import make_loose_and_packed_sets
 
 pytestmark = pytest.mark.slow  # each process imports torch
 
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.slow  # each process imports torch
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("sets")
-    make_square_sets(folder, num_images=NUM_IMAGES, side=10)
-    pack_set(folder / "train", folder / "packed")
+    make_loose_and_packed_sets(folder, num_images=NUM_IMAGES)
     return folder
 
 

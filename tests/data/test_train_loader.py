@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.training.augment import NUM_DRAWS, Geometry, crop_padded
 from pipeline.training.config import AugmentConfig
 from tests.manifests import uris_of
-from tests.training_worlds import make_sets, make_square_sets, pack_set
+from tests.training_worlds import make_loose_and_packed_sets, make_sets, make_square_sets, pack_set
 from tests.worlds import list_images
 
 NUM_IMAGES = 41
@@ -32,8 +32,7 @@ Loader = TrainLoader | CachedLoader
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("sets")
-    make_square_sets(folder, num_images=NUM_IMAGES, side=10)
-    pack_set(folder / "train", folder / "packed")
+    make_loose_and_packed_sets(folder, num_images=NUM_IMAGES)
     return folder
 
 
