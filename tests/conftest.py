@@ -51,3 +51,13 @@ def local_ray() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def jobs_share_ray(local_ray: None) -> Iterator[None]:
+    """Jobs run by `run_job` join the tests' own Ray, which saves each of them the start of one."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield

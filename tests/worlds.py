@@ -57,7 +57,7 @@ def run_job(job: str, *, expected_code: int = 0, env: dict[str, str] | None = No
         for text in (f"--{name.replace('__', '.')}", str(item))
     ]
     done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", *flags], capture_output=True, text=True, env=env, timeout=400
+        [sys.executable, "-m", f"jobs.{job}", *flags], capture_output=True, text=True, env=env, timeout=1000
     )
     if done.returncode != expected_code:
         raise JobFailedError(

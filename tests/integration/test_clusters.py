@@ -1,4 +1,4 @@
-"""The same job on clusters of every shape: one CPU, two CPUs, several nodes, and handed in by `ray job submit`."""
+"""The same job on clusters of several shapes: one CPU, several nodes, and handed in by `ray job submit`."""
 
 import json
 import os
@@ -49,21 +49,47 @@ def predict(world: Path, run_id: str, cluster: Any, **fields: Any) -> dict[str, 
     return run_job("predict", **places, output=world / "tables", bundles="tiny", run_id=run_id, env=env, **fields)
 
 
-@pytest.mark.parametrize(("cluster", "run_id"), [([1], "one-cpu"), ([2], "two-cpus")], indirect=["cluster"])
-def test_a_cluster_of_one_or_two_cpus_finishes(world, cluster, run_id):
-    summary = predict(world, run_id, cluster)
+@pytest.mark.parametrize("cluster", [[1]], indirect=True)
+def test_a_cluster_of_one_cpu_finishes(world, cluster):
+    summary = predict(world, "one-cpu", cluster)
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 57, 3)
-    assert run_job("verify", output=world / "tables", run_id=run_id)["status"] == "verified"
+    assert run_job("verify", output=world / "tables", run_id="one-cpu")["status"] == "verified"
+
+
+MEETING = """
+import time
+from pathlib import Path
+import ray
+from jobs import predict, run_job
+from pipeline.inference import flow
+from pipeline.inference.config import PredictConfig
+
+class Meeting(flow.PredictFused):
+    def __call__(self, rows):
+        here = Path(FOLDER) / ray.get_runtime_context().get_node_id()
+        here.touch()
+        while len(list(here.parent.iterdir())) < 3:
+            time.sleep(0.05)
+        return super().__call__(rows)
+
+flow.PredictFused = Meeting
+run_job(PredictConfig, predict.main)
+"""
 
 
 @pytest.mark.parametrize("cluster", [[0, 1, 1, 1]], indirect=True)
-def test_several_nodes_share_the_shards(world, cluster):
-    summary = predict(world, "shared", cluster)
-    assert summary["layout"]["num_actors"] == 3
-    run = read_run(summary["output"], "shared")
+def test_several_nodes_share_the_shards(world, tmp_path, cluster):
+    """Each waits for the others to have begun: work this short might else be done before the last has started."""
+    flags = [f"--{name}={world / name}" for name in ("manifest", "registry")]
+    flags += [f"--output={world / 'tables'}", "--bundles=tiny", "--run_id=shared"]
+    script = MEETING.replace("FOLDER", repr(str(tmp_path)))
+    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    done = subprocess.run([sys.executable, "-c", script, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = read_run(f"file://{world}/tables", "shared")
     receipts = list(read_receipts(run.uri, committed_shard_ids(run.uri)))
     assert len(receipts) == NUM_SHARDS
-    assert len({receipt.node for receipt in receipts}) >= 2
+    assert len({receipt.node for receipt in receipts}) == 3
 
 
 @pytest.mark.parametrize("cluster", [[1]], indirect=True)
@@ -106,7 +132,6 @@ def job_server(tmp_path) -> Iterator[dict[str, str]]:
         head.wait(60)
 
 
-@pytest.mark.timeout(300)
 def test_the_same_line_runs_under_ray_job_submit(world, job_server):
     places = {"manifest": world / "manifest", "registry": world / "registry", "output": world / "tables"}
     fields = [argument for name, place in places.items() for argument in (f"--{name}", str(place))]

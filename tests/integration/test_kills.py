@@ -64,7 +64,7 @@ def attempt(
             time.sleep(strike_after_s)
             while driver.poll() is None and not (struck := strike(driver=driver, **strike_options)):
                 time.sleep(0.1)
-        return driver.wait(timeout=300), struck
+        return driver.wait(timeout=1000), struck
 
 
 def digests(output: Path) -> dict[str, str]:

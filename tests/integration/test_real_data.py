@@ -20,7 +20,6 @@ def require(*names: str) -> None:
 
 @pytest.mark.s3
 @pytest.mark.ray
-@pytest.mark.timeout(1200)
 def test_published_cifar_checkpoints_score_their_known_errors_in_one_pass(s3_uri: str) -> None:
     require("cifar10-jpeg.tar.gz", "cifar10-resnet-weights.tar")
     cifar_checkpoints.upload(DATA, s3_uri)
@@ -30,7 +29,6 @@ def test_published_cifar_checkpoints_score_their_known_errors_in_one_pass(s3_uri
     assert errors == pytest.approx(cifar_checkpoints.EXPECTED_ERRORS, abs=cifar_checkpoints.TOLERANCE)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("architecture", ["resnet18", "densenet121"])
 def test_logits_on_imagenet_samples_are_torchvisions(architecture: str) -> None:
     require("imagenet-sample-700.tar")

@@ -10,6 +10,7 @@ from tests.worlds import make_world, run_job
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("jobs_share_ray")
 @pytest.mark.parametrize("form", ["fused", "split"])
 def test_every_stage_and_the_whole_are_measured_and_nothing_is_left(tmp_path: Path, form: str) -> None:
     make_world(tmp_path)

@@ -10,6 +10,7 @@ from tests.worlds import make_bundle, run_job
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("jobs_share_ray")
 def test_a_bundle_is_compiled_once_and_its_agreement_told(tmp_path: Path) -> None:
     make_bundle(tmp_path / "registry")
     fields = {"registry": tmp_path / "registry", "bundle": "tiny", "precision": "bfloat16", "agreement__min_top1": 0}

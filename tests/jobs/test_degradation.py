@@ -107,7 +107,7 @@ def fields(root) -> dict[str, Any]:
     return {
         **config,
         "run_id": "degradation",
-        "depths": [8, 14],
+        "depths": [8],
         "steps": 6,
         "batch_size": 8,
         "augment__crop": "center",
@@ -121,7 +121,7 @@ def fields(root) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(fields) -> dict[str, Any]:
+def plain(fields, jobs_share_ray) -> dict[str, Any]:
     return run_job("degradation", **fields, kinds=["plain"])
 
 
@@ -140,7 +140,7 @@ def checkpoint_times(root: Path) -> dict[Path, int]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nets_are_trained_published_and_drawn(root, plain):
-    assert tuple(plain["errors"]) == ("plain-8", "plain-14")
+    assert tuple(plain["errors"]) == ("plain-8",)
     folder = root / "runs" / "degradation"
     assert ElementTree.parse(folder / "degradation.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     curves = json.loads((folder / "degradation.json").read_text())
@@ -155,20 +155,22 @@ def test_nets_are_trained_published_and_drawn(root, plain):
 def test_nets_can_be_added_and_finished_ones_are_left_alone(root, plain, both):
     assert {name: both["errors"][name] for name in plain["errors"]} == plain["errors"]
     rows = (root / "runs" / "degradation" / "table.md").read_text().splitlines()[2:]
-    told = [[both["errors"][f"{kind}-{depth}"] for kind in ("plain", "residual")] for depth in (8, 14)]
-    cells = [[f"{100 * errors[name]:.2f}" for errors in row for name in ("training", "test")] for row in told]
-    assert rows == [f"| {depth} | {' | '.join(row)} |" for depth, row in zip((8, 14), cells, strict=True)]
+    told = [both["errors"][f"{kind}-8"] for kind in ("plain", "residual")]
+    cells = [f"{100 * errors[name]:.2f}" for errors in told for name in ("training", "test")]
+    assert rows == [f"| 8 | {' | '.join(cells)} |"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_same_command_goes_on_with_what_was_cut_short(root, fields, both):
     before = checkpoint_times(root)
-    cut_short = root / "runs" / "degradation-plain-14" / "checkpoints" / "000000006.pt"
-    cut_short.unlink()
+    cut_short = [path for path in before if path.name == "000000006.pt"]
+    assert len(cut_short) == 2
+    for path in cut_short:
+        path.unlink()
     again = run_job("degradation", **fields)
     after = checkpoint_times(root)
-    assert {path for path in after if before[path] != after[path]} == {cut_short}
+    assert sorted(path for path in after if before[path] != after[path]) == sorted(cut_short)
     assert again["errors"] == both["errors"]
 
 

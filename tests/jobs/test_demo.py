@@ -7,7 +7,6 @@ from tests.worlds import run_job
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_the_demo_trains_a_network_that_tells_the_shapes_apart(tmp_path):
     summary = run_job("demo", root=tmp_path / "demo", num_images=300)
     assert (summary["status"], summary["num_images"], summary["num_errors"]) == ("done", 300, 3)

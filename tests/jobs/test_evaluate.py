@@ -28,11 +28,17 @@ def evaluate(world: Path, **fields: Any) -> dict[str, Any]:
     return run_job("evaluate", **{**places, "bundle": "tiny", **fields})
 
 
+@pytest.fixture(scope="module")
+def by_one_worker(world, tmp_path_factory, jobs_share_ray) -> tuple[dict[str, Any], Path]:
+    """The summary of an evaluation, and what it wrote."""
+    output = tmp_path_factory.mktemp("evaluation")
+    return evaluate(world, output=output, compute__num_workers=1), output
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_accuracy_is_exactly_that_of_predict(world, tmp_path):
-    summary = evaluate(world, output=tmp_path / "evaluation")
+def test_the_accuracy_is_exactly_that_of_predict(world, by_one_worker, tmp_path):
+    summary, evaluation = by_one_worker
     places = {name: world / name for name in ("manifest", "registry")}
     run_job("predict", **places, bundles="tiny", output=tmp_path / "tables", run_id="same")
     predicted = open_table(str(tmp_path / "tables/predictions"), "same").to_table().to_pylist()
@@ -41,13 +47,13 @@ def test_the_accuracy_is_exactly_that_of_predict(world, tmp_path):
     assert (summary["status"], summary["num_images"], summary["num_errors"]) == ("done", len(predicted), len(failed))
     assert summary["top1_error"] == sum(row["label_id"] != truth[row["uri"]] for row in predicted) / 27
     assert summary["top5_error"] == sum(truth[row["uri"]] not in row["topk_label_ids"] for row in predicted) / 27
-    assert pq.read_table(tmp_path / "evaluation/errors.parquet").to_pylist() == failed
-    confusion = json.loads((tmp_path / "evaluation/evaluation.json").read_text())["confusion"]
+    assert pq.read_table(evaluation / "errors.parquet").to_pylist() == failed
+    confusion = json.loads((evaluation / "evaluation.json").read_text())["confusion"]
     answers = [[0] * len(CLASSES) for _ in CLASSES]
     for row in predicted:
         answers[truth[row["uri"]]][row["label_id"]] += 1
     assert confusion == answers
-    assert (tmp_path / "evaluation/report.html").read_text().startswith("<!")
+    assert (evaluation / "report.html").read_text().startswith("<!")
 
 
 @pytest.fixture
@@ -65,12 +71,10 @@ def three_cpus() -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_one_and_three_workers_count_the_same(world, tmp_path, three_cpus):
+def test_one_and_three_workers_count_the_same(world, by_one_worker, tmp_path, three_cpus):
+    by_three = evaluate(world, env=three_cpus, output=tmp_path, compute__num_workers=3), tmp_path
     found = []
-    for num_workers in (1, 3):
-        output = tmp_path / str(num_workers)
-        summary = evaluate(world, env=three_cpus, output=output, compute__num_workers=num_workers)
+    for num_workers, (summary, output) in ((1, by_one_worker), (3, by_three)):
         assert summary["num_workers"] == num_workers
         told = json.loads((output / "evaluation.json").read_text())
         assert told.pop("loss") == pytest.approx(summary["loss"])

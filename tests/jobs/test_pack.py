@@ -317,7 +317,6 @@ def cluster_env(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("cluster_env", [1], indirect=True)
 def test_a_packing_killed_on_one_cpu_goes_on_to_the_bytes_of_an_undisturbed_one(world, tmp_path, cluster_env):
     fields = {"manifest": world / "manifest", "shard_size": 1, "reencode__shorter_side": 24}
@@ -340,7 +339,6 @@ def test_a_packing_killed_on_one_cpu_goes_on_to_the_bytes_of_an_undisturbed_one(
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("cluster_env", [2], indirect=True)
 def test_the_same_packing_twice_at_once_ends_whole(world, tmp_path, cluster_env):
     fields = {"manifest": world / "manifest", "output": tmp_path / "twins", "shard_size": 8}

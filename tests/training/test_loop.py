@@ -1,5 +1,6 @@
 """The loop does what a plain PyTorch loop does, alone or with others, disturbed or not."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,4 +188,5 @@ def _be_a_rank(rank: int, run_json: str, world_size: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     worker = replace(Worker(), rank=rank, world_size=world_size)
     train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+    gc.collect()  # what is left of the replica holds the group, which must not live until the interpreter ends
     dist.destroy_process_group()
