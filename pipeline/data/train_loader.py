@@ -236,6 +236,12 @@ def pinned(batch: TrainBatch) -> TrainBatch:
     return replace(batch, pixels=pixels, labels=labels, weights=weights)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor there. A copy from memory that is not pinned would hold the loop until a GPU has done all its work."""
+    is_copied_to_gpu = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if is_copied_to_gpu else tensor).to(device, non_blocking=True)
+
+
 class CachedLoader:
     """The same batches out of a set that stays decoded, all of it on `device`; for images of one size.
 
@@ -281,7 +287,7 @@ class CachedLoader:
         parts = _Parts(order, self.steps, first_step, rank, world_size, self._loader.num_draws)
         for step in parts.range:
             places = [lanes[p % order.num_lanes][p // order.num_lanes] for p in parts.positions(step)]
-            chosen = torch.tensor(places, dtype=torch.int64).to(self._pixels.device)
+            chosen = to_device(torch.tensor(places, dtype=torch.int64), self._pixels.device)
             draws = torch.from_numpy(parts.draws(step))
             yield TrainBatch(
                 step,

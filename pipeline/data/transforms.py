@@ -5,6 +5,7 @@ come closer to the PIL images that published weights were evaluated on than floa
 and resize in float32, rounded once. torchvision is not needed to run this, nor is torch to describe it.
 """
 
+import functools
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -112,8 +113,7 @@ class Preprocessing(Section):
         """
         import torch
 
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=batch.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32, device=batch.device).view(-1, 1, 1)
+        mean, std = (_on_device(values, batch.device) for values in (self.mean, self.std))
         return batch.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)  # in place: several times faster
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
@@ -128,3 +128,12 @@ class Preprocessing(Section):
                 f"from {width}×{height}",
             )
         return (new_long, self.resize_size) if width <= height else (self.resize_size, new_long)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], device: "torch.device") -> "torch.Tensor":
+    """One value for each channel; kept, for copying it would hold the host until a GPU has done all its work."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.data.train_loader import to_device
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ConfigError
 from pipeline.training.config import AugmentConfig
@@ -118,8 +119,8 @@ def crop_padded(pixels: Tensor, padding: int, size: int, draws: Tensor) -> Tenso
             f"augment.size: expected at most {min(height, width) + 2 * padding} for cached images of {height}×{width} "
             f"with padding {padding}, got {size}; lower it, or set data.cache to none or memory"
         )
-    top = (draws[:, CROP_Y] * (height + 2 * padding - size + 1)).long().to(pixels.device)
-    left = (draws[:, CROP_X] * (width + 2 * padding - size + 1)).long().to(pixels.device)
+    top = to_device((draws[:, CROP_Y] * (height + 2 * padding - size + 1)).long(), pixels.device)
+    left = to_device((draws[:, CROP_X] * (width + 2 * padding - size + 1)).long(), pixels.device)
     side = torch.arange(size, device=pixels.device)
     rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
     images = torch.arange(len(pixels), device=pixels.device)[:, None, None]
@@ -148,7 +149,7 @@ class BatchAugment:
         if self._policy is not None:
             pixels = _apply_policy(self._policy, pixels, draws[:, POLICY])
         if self._config.horizontal_flip > 0:
-            is_flipped = (draws[:, FLIP] < self._config.horizontal_flip).to(pixels.device)
+            is_flipped = to_device(draws[:, FLIP] < self._config.horizontal_flip, pixels.device)
             pixels = torch.where(is_flipped.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         images = self._preprocessing.normalise(pixels)
         if self._config.random_erasing > 0:
@@ -204,9 +205,8 @@ def _erase(images: Tensor, draws: Tensor, probability: float) -> None:
         else nothing
         for draw in draws.tolist()
     ]
-    top, left, tall, wide = (
-        torch.tensor(boxes, dtype=torch.int64).view(len(boxes), 4, 1, 1, 1).to(images.device).unbind(1)
-    )
+    sides = torch.tensor(boxes, dtype=torch.int64).view(len(boxes), 4, 1, 1, 1)
+    top, left, tall, wide = to_device(sides, images.device).unbind(1)
     y, x = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
     images.masked_fill_((y >= top) & (y < top + tall) & (x >= left) & (x < left + wide), 0)
 

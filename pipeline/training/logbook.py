@@ -30,7 +30,9 @@ class _Step:
 class Logbook:
     """Sums up the steps since the last look, on the device, and at a look over all ranks.
 
-    `history` has an entry per look, `evaluations` one per evaluation, `errors` the images that failed, by uri.
+    `history` has an entry per look, `evaluations` one per evaluation, `errors` the images that failed, by uri. Of an
+    entry, `data_wait_share` is the share of the time spent waiting for batches, `device_lag` how many steps' time the
+    device still had work when the loop had none left.
     """
 
     def __init__(self, run: TrainingRun, worker: Worker) -> None:
@@ -74,20 +76,22 @@ class Logbook:
         images failed than `data.max_error_rate` allows.
         """
         notice = self._worker.notice()
+        asked_at = time.perf_counter()
         totals = torch.stack([step.totals for step in self._steps]).sum(0).tolist() if self._steps else [0.0] * 3
+        now = time.perf_counter()  # the device has done what it was given
         num_planned = sum(len(step.uris) for step in self._steps)
-        elapsed_s = time.perf_counter() - self._start
-        mine = [*totals, num_planned, self._wait_s, elapsed_s, notice.should_checkpoint, notice.should_stop]
+        seconds = [self._wait_s, now - asked_at, now - self._start]
+        mine = [*totals, num_planned, *seconds, notice.should_checkpoint, notice.should_stop]
         device = self._worker.device
         summed = self._worker.sum(torch.tensor([float(value) for value in mine], dtype=torch.float64, device=device))
-        loss, num_right, num_counted, num_planned, wait_s, elapsed_s, should_checkpoint, should_stop = summed.tolist()
+        loss, num_right, num_counted, num_planned, *seconds, should_checkpoint, should_stop = summed.tolist()
         if not math.isfinite(loss):
             self._refuse_loss()
         self._num_seen += num_planned
         self._num_failed += num_planned - num_counted
         self._refuse_failures()
         if self._steps:
-            self._enter(loss / max(num_counted, 1), num_right / max(num_counted, 1), num_planned, wait_s, elapsed_s)
+            self._enter(loss / max(num_counted, 1), num_right / max(num_counted, 1), num_planned, *seconds)
         return Notice(should_checkpoint > 0, should_stop > 0)
 
     def judge(self, step: int, outcome: Outcome, failed: dict[str, ImageError]) -> None:
@@ -133,7 +137,9 @@ class Logbook:
         self.errors, self.last_outcome = dict(state["errors"]), dict(state["outcome"])
         self._num_seen, self._num_failed = state["num_seen"], state["num_failed"]
 
-    def _enter(self, loss: float, top1: float, num_images: float, all_wait_s: float, all_elapsed_s: float) -> None:
+    def _enter(
+        self, loss: float, top1: float, num_images: float, all_wait_s: float, all_lag_s: float, all_elapsed_s: float
+    ) -> None:
         elapsed_s = all_elapsed_s / self._worker.world_size
         step = self._steps[-1]
         entry = {
@@ -144,6 +150,7 @@ class Logbook:
             "learning_rate": step.learning_rate,
             "images_per_s": num_images / elapsed_s,
             "data_wait_share": all_wait_s / all_elapsed_s,
+            "device_lag": all_lag_s / all_elapsed_s * len(self._steps),
         }
         if self.is_entry_due(step.number - len(self._steps), step.number):
             self.history.append(entry)

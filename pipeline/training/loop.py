@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
 from pipeline.data.decoding_processes import decoded_by_processes
-from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
+from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader, to_device
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError, StorageError
 from pipeline.models.bundle import Bundle, load_network
@@ -141,7 +141,7 @@ class Trainee:
         seed = int(np.random.SeedSequence([self._run.config.seed, self.step, self._worker.rank]).generate_state(1)[0])
         torch.manual_seed(seed)  # of dropout and stochastic depth, so that resuming needs no generator's state
         pixels, labels, weights = (
-            tensor.to(self._worker.device, non_blocking=True) for tensor in (batch.pixels, batch.labels, batch.weights)
+            to_device(tensor, self._worker.device) for tensor in (batch.pixels, batch.labels, batch.weights)
         )
         images, targets = self._augment(pixels, labels, batch.draws, seed)
         images = images.to(memory_format=torch.channels_last)

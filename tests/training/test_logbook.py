@@ -220,6 +220,27 @@ def test_rate_and_data_wait_are_those_since_the_last_look(clock):
     assert told[0]["eta_s"] == 8 * 4
 
 
+class Working(torch.Tensor):
+    """Totals on a device that is done only after a while."""
+
+    clock: Clock
+
+    def tolist(self):
+        self.clock.move(6)
+        return super().tolist()
+
+
+def test_how_far_the_device_is_behind_the_loop_is_told_in_steps(clock, monkeypatch):
+    log = Logbook(run_of(epochs=1), Worker())
+    monkeypatch.setattr(Working, "clock", clock, raising=False)
+    for number in (1, 2):
+        clock.move(1)
+        log.add(number, 0.1, batch_of(names(10)), torch.tensor([0.0, 0.0, 10.0]).as_subclass(Working))
+    log.look()
+    assert log.history[0]["device_lag"] == 6 / 4  # two steps took eight seconds
+    assert log.history[0]["images_per_s"] == 20 / 8
+
+
 def test_the_seconds_of_an_evaluation_are_not_trainings(clock):
     log = Logbook(run_of(), Worker())
     steps_of(log, clock, wait_s=1, work_s=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError
 from pipeline.training import checkpoint
-from pipeline.training.loop import make_loader, make_network, train
+from pipeline.training.loop import Trainee, batches_of, make_loader, make_network, train
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Notice, Worker
 from tests.training_worlds import make_sets, make_square_sets, train_config, train_here
@@ -131,6 +131,22 @@ def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statis
         for parts in (1, 3)
     ]
     assert largest_difference(*(last_state(run)["network"] for run in runs)) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_step_is_launched_without_waiting_for_its_work(root):
+    augment = {**AUGMENTED["augment"], "policy": "none"}
+    run = make_run(train_config(root, run_id="launched", **{**AUGMENTED, "augment": augment}))
+    worker, images = Worker(device=torch.device("cuda")), TrainingSet.open(run.config.train)
+    trainee = Trainee(run, worker, images)
+    batches = batches_of(run, worker, make_loader(run, worker, images), 0)
+    trainee.train_step(next(batches), 0.01)  # makes what is kept
+    second = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainee.train_step(second, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_network_that_meets_no_number_stops_with_step_rate_and_images(root):
