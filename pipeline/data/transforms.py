@@ -113,7 +113,8 @@ class Preprocessing(Section):
         """
         import torch
 
-        mean, std = (_on_device(values, batch.device) for values in (self.mean, self.std))
+        channels = _channels if torch.compiler.is_compiling() else _kept_channels  # a traced graph has constants
+        mean, std = (channels(values, batch.device) for values in (self.mean, self.std))
         return batch.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)  # in place: several times faster
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
@@ -130,10 +131,12 @@ class Preprocessing(Section):
         return (new_long, self.resize_size) if width <= height else (self.resize_size, new_long)
 
 
-@functools.cache
-def _on_device(values: tuple[float, ...], device: "torch.device") -> "torch.Tensor":
-    """One value for each channel; kept, for copying it would hold the host until a GPU has done all its work."""
+def _channels(values: tuple[float, ...], device: "torch.device") -> "torch.Tensor":
+    """A value for each channel: float32 3×1×1."""
     import torch
 
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # so that training may use what inference made
         return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+_kept_channels = functools.cache(_channels)  # copying them again would hold the host until a GPU has done all its work

@@ -57,6 +57,21 @@ def test_normalise_equals_torchvision_bit_for_bit() -> None:
     assert preprocessing.normalise(batch).dtype == torch.float32
 
 
+def test_normalising_after_a_network_was_exported_with_it_is_the_same() -> None:
+    class Normalised(torch.nn.Module):
+        preprocessing = Preprocessing(resize_size=20, crop_size=20, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.preprocessing.normalise(pixels)
+
+    batch = noise(20, 20)[None]
+    exported = torch.export.export(Normalised(), (batch,)).module()
+    eager = Normalised.preprocessing.normalise(batch)
+    assert type(eager) is torch.Tensor
+    assert torch.equal(eager, F.normalize(batch.float() / 255, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    assert torch.equal(exported(batch), eager)
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 900), (900, 1), (1, 1)])
 def test_an_image_of_one_pixels_width_works(height: int, width: int) -> None:
     image = noise(height, width)
