@@ -5,9 +5,12 @@ only so many images a second. So a worker may have several: each has the lanes o
 they made of it, put together in the order of the epoch. Batches are the same whatever the number of processes.
 """
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -74,6 +77,12 @@ def decoded_by_processes(
             yield _together(loader, [part.batch for part in step], rank, world_size)
     finally:
         del parts  # which ends the processes, even where an exception keeps this frame
+
+
+def free_shared_memory() -> int:
+    """Bytes that batches from the processes may take: a container may have 64 MB, and dies of more (SIGBUS)."""
+    shared = Path("/dev/shm")
+    return shutil.disk_usage(shared).free if shared.is_dir() else sys.maxsize
 
 
 def _ranks_of(rank: int, world_size: int, num_processes: int) -> list[int]:

@@ -4,6 +4,7 @@ The state of a run is its network, optimizer, average and the number of steps do
 that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.data.decoding_processes import decoded_by_processes
+from pipeline.data.decoding_processes import decoded_by_processes, free_shared_memory
 from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader, to_device
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError, StorageError
@@ -32,6 +33,8 @@ from pipeline.training.logbook import Logbook
 from pipeline.training.loss import Loss
 from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
+
+logger = logging.getLogger(__name__)
 
 NUM_HARDEST = 24
 _THREADS_TO_A_PROCESS = 4  # that decode: the interpreter is a tenth of an image's work, and is fought for
@@ -280,7 +283,10 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
 
 
 def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
-    """This rank's batches from a step of the run on, epoch after epoch, to the last step."""
+    """This rank's batches from a step of the run on, epoch after epoch, to the last step.
+
+    Raises ConfigError where the decoding processes asked for lack the shared memory to hand them over.
+    """
     rank, world_size = worker.rank, worker.world_size
     if isinstance(loader, CachedLoader) or (num_processes := _num_processes(run, worker, loader)) == 1:
         return _in_order(run, step, loader, rank, world_size)
@@ -295,10 +301,31 @@ def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> I
 
 
 def _num_processes(run: TrainingRun, worker: Worker, loader: TrainLoader) -> int:
-    wanted = run.config.data.decode_processes
-    if wanted is None:
-        wanted = max(1, loader.num_threads // _THREADS_TO_A_PROCESS) if worker.device.type == "cuda" else 1
-    return min(wanted, max(1, loader.num_lanes // worker.world_size))
+    asked = run.config.data.decode_processes
+    on_gpu = worker.device.type == "cuda"
+    wanted = asked or (max(1, loader.num_threads // _THREADS_TO_A_PROCESS) if on_gpu else 1)
+    wanted = min(wanted, max(1, loader.num_lanes // worker.world_size))
+    lack = _lack_of_shared_memory(run, worker, wanted) if wanted > 1 else None
+    if lack is None:
+        return wanted
+    if asked:
+        raise ConfigError(f"{lack}, or set it to 1")
+    logger.warning("%s; one decodes", lack)
+    return 1
+
+
+def _lack_of_shared_memory(run: TrainingRun, worker: Worker, num_processes: int) -> str | None:
+    config = run.config
+    side = max([config.augment.size, *(size for _, size in config.augment.progressive)])
+    num_images = -(-config.batch_size // worker.world_size) * (config.data.prefetch_batches + 1)
+    needed, free = num_images * 3 * side**2, free_shared_memory()
+    if needed <= free:
+        return None
+    return (
+        f"data.decode_processes: expected {needed >> 20} MB of shared memory (/dev/shm) for the batches that "
+        f"{num_processes} processes hand over, found {free >> 20} MB; give the container more (--shm-size), lower "
+        "data.prefetch_batches"
+    )
 
 
 def _in_order(run: TrainingRun, step: int, loader: Loader, rank: int, world_size: int) -> Iterator[TrainBatch]:
