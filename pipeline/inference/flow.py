@@ -216,8 +216,8 @@ def _cause(error: BaseException) -> str:
     return ([line for line in raised if not line.startswith("ray.")] or [str(error)])[-1]
 
 
-class PredictFused:
-    """An actor that takes a shard from fetch to written tables, batches streaming inside."""
+class _Predicting:
+    """An actor with the run's networks."""
 
     def __init__(self, run: Run, attempts: Any) -> None:
         from pipeline.inference.predictor import Predictor
@@ -225,6 +225,10 @@ class PredictFused:
         self._run, self._attempts = run, attempts
         self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
         self._predictor = Predictor(run, self._manifest)
+
+
+class PredictFused(_Predicting):
+    """An actor that takes a shard from fetch to written tables, batches streaming inside."""
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.data.loader import LoadLog
@@ -270,15 +274,8 @@ def _preprocessings_of(models: tuple[Model, ...]) -> list["Preprocessing"]:
     return distinct_preprocessings([load_unchanged(model) for model in models])
 
 
-class PredictSplit:
+class PredictSplit(_Predicting):
     """An actor that predicts and writes shards that tasks have decoded."""
-
-    def __init__(self, run: Run, attempts: Any) -> None:
-        from pipeline.inference.predictor import Predictor
-
-        self._run, self._attempts = run, attempts
-        self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
-        self._predictor = Predictor(run, self._manifest)
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.inference.shard import DecodedShard, predict_shard
