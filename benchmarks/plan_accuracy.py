@@ -56,8 +56,8 @@ def make_places(root: Path, arguments: argparse.Namespace) -> dict[str, tuple[st
 
 def compare(name: str, registry: str, manifest: str, output: str) -> dict[str, Any]:
     """Seconds foretold, seconds taken, their ratio and that of the images/s."""
-    flags = ("--manifest", manifest, "--registry", registry, "--bundles", name, "--output", output, "--run_id", name)
-    flags = (*flags, "--compute.compile", "always", "--compute.agreement.min_top1", "0")
+    places = ("--manifest", manifest, "--registry", registry, "--bundles", name, "--output", output, "--run_id", name)
+    flags = (*places, "--compute.compile", "always", "--compute.agreement.min_top1", "0")
     run_job("predict", *flags, "--plan", "true")
     summary = run_job("predict", *flags).summary
     estimate = summary["estimate"]
