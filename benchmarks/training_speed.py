@@ -8,7 +8,7 @@
                 float32, on a GPU under autocast in the same precision
 
 The same images (`--copies` of each), batch, augmentation (random-resized crop, flip) and optimizer. The two alternate;
-each round is timed from its third step on; medians and their ratio are printed, with the data-wait of ours.
+each round is timed from its third step on; medians and their ratio are printed, with what ours says it is bound by.
 `--synthetic` adds ours on pixels that are there already: what the loop could do if data cost nothing.
 """
 
@@ -18,6 +18,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,22 @@ from jobs.pack import main as pack
 from pipeline import storage
 from pipeline.data.pack import Reencode
 from pipeline.data.training_set import TrainingSet
+from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
 from pipeline.training.loop import Trainee, batches_of, make_loader
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Worker
 
 WARM_UP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """What the loop did; see `verdict`."""
+
+    images_per_s: float
+    data_wait_share: float
+    device_lag: float
 
 
 def main() -> None:
@@ -49,12 +60,11 @@ def main() -> None:
         _unpack(arguments, root)
         run = _packed_run(root, arguments)
         rates: dict[str, list[float]] = {"reference": [], "ours": [], "synthetic": []}
-        waits = []
+        seen: list[Ours] = []
         for _ in range(arguments.rounds):
             rates["reference"].append(_reference(root / "images", arguments))
-            rate, wait = _ours(run, arguments)
-            rates["ours"].append(rate)
-            waits.append(wait)
+            seen.append(_ours(run, arguments))
+            rates["ours"].append(seen[-1].images_per_s)
             if arguments.synthetic:
                 rates["synthetic"].append(_synthetic(run, arguments))
             print({name: round(values[-1], 1) for name, values in rates.items() if values}, flush=True)
@@ -62,7 +72,8 @@ def main() -> None:
     result = {
         "images_per_s": {name: round(value, 1) for name, value in medians.items()},
         "ours / reference": round(medians["ours"] / medians["reference"], 2),
-        "data_wait_share": round(statistics.median(waits), 4),
+        "data_wait_share": round(statistics.median(ours.data_wait_share for ours in seen), 4),
+        "verdict": verdict(**asdict(seen[-1]), on_gpu=arguments.device == "cuda"),
         "precision": arguments.precision,
         "threads": arguments.threads,
     }
@@ -133,8 +144,7 @@ def _packed_run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
     return make_run(config).model_copy(update={"device": arguments.device})
 
 
-def _ours(run: TrainingRun, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Images per second and the share of the time spent waiting for data."""
+def _ours(run: TrainingRun, arguments: argparse.Namespace) -> Ours:
     worker = Worker(num_threads=arguments.threads, device=torch.device(arguments.device))
     images = TrainingSet.open(run.config.train)
     trainee = Trainee(run, worker, images)
@@ -149,9 +159,11 @@ def _ours(run: TrainingRun, arguments: argparse.Namespace) -> tuple[float, float
         wait_s += time.perf_counter() - wait_start
         trainee.train_step(batch, 0.01)
         num_images += len(batch.labels)
+    launched = time.perf_counter()
     _settle(arguments)
-    elapsed_s = time.perf_counter() - start
-    return num_images / elapsed_s, wait_s / elapsed_s
+    ended = time.perf_counter()
+    lag = (ended - launched) / (ended - start) * (arguments.steps - WARM_UP)
+    return Ours(num_images / (ended - start), wait_s / (ended - start), lag)
 
 
 def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:
@@ -167,7 +179,7 @@ def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:
             start = time.perf_counter()
         trainee.train_step(batch, 0.01)
     _settle(arguments)
-    return (arguments.steps - WARM_UP) * len(batch.labels) / (time.perf_counter() - start)
+    return float((arguments.steps - WARM_UP) * len(batch.labels) / (time.perf_counter() - start))
 
 
 def _settle(arguments: argparse.Namespace) -> None:
