@@ -112,14 +112,17 @@ def test_whatever_dies_the_weights_are_an_undisturbed_runs(root, undisturbed, tw
     since = until_mid_epoch(root, "struck", driver, since=0)
     kill(workers_below(raylet_of(next(iter(two_nodes.worker_nodes))))[:1])
 
-    since = until_mid_epoch(root, "struck", driver, since=since)
-    driver.terminate()
-    assert driver.wait(600) == 1
-    stopped_at = checkpoint.list_steps(f"file://{root}/runs/struck")[-1]
-    assert stopped_at % EVERY_STEPS, "expected a checkpoint of the step the stop came at"
-    driver = start(root, "struck", resume="true")
+    for _ in range(3):  # where a checkpoint was due at that very step, one in thirteen, the stop has shown nothing
+        since = until_mid_epoch(root, "struck", driver, since=since)
+        driver.terminate()
+        assert driver.wait(600) == 1
+        since = checkpoint.list_steps(f"file://{root}/runs/struck")[-1]
+        driver = start(root, "struck", resume="true")
+        if since % EVERY_STEPS:
+            break
+    assert since % EVERY_STEPS, "expected a checkpoint of the step the stop came at"
 
-    since = until_mid_epoch(root, "struck", driver, since=stopped_at)
+    since = until_mid_epoch(root, "struck", driver, since=since)
     node = next(iter(two_nodes.worker_nodes))
     below = list(descendants(raylet_of(node)))
     two_nodes.remove_node(node, allow_graceful=False)
