@@ -112,8 +112,9 @@ def test_whatever_dies_the_weights_are_an_undisturbed_runs(root, undisturbed, tw
     since = until_mid_epoch(root, "struck", driver, since=0)
     kill(workers_below(raylet_of(next(iter(two_nodes.worker_nodes))))[:1])
 
-    for _ in range(3):  # where a checkpoint was due at that very step, one in thirteen, the stop has shown nothing
+    for attempt in range(3):  # where a checkpoint was due at that very step the stop has shown nothing
         since = until_mid_epoch(root, "struck", driver, since=since)
+        time.sleep(0.1 * attempt)  # another part of the way to the next one
         driver.terminate()
         assert driver.wait(600) == 1
         since = checkpoint.list_steps(f"file://{root}/runs/struck")[-1]
