@@ -48,7 +48,8 @@ def make_places(root: Path, arguments: argparse.Namespace) -> dict[str, tuple[st
     shard_size = ("--shard_size", str(arguments.shard_size))
     places = {"local": (list_images(str(root / "images"), str(root / "manifest"), *shard_size), str(root / "tables"))}
     if arguments.store is not None:
-        images, manifest, tables = (storage.join(arguments.store, name) for name in ("images", "manifest", "tables"))
+        store = storage.normalise(arguments.store)
+        images, manifest, tables = (storage.join(store, name) for name in ("images", "manifest", "tables"))
         upload(root / "images", images)
         places["store"] = (list_images(images, manifest, *shard_size), tables)
     return places

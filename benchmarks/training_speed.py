@@ -18,7 +18,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from jobs.pack import main as pack
 from pipeline import storage
 from pipeline.data.pack import Reencode
 from pipeline.data.training_set import TrainingSet
-from pipeline.training.bound import verdict
+from pipeline.training.bound import idle_share, verdict
 from pipeline.training.config import TrainConfig
-from pipeline.training.loop import Trainee, batches_of, make_loader
+from pipeline.training.feed import batches_of, make_loader
+from pipeline.training.loop import Trainee
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Worker
 
@@ -45,11 +46,11 @@ WARM_UP = 2
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """What the loop did; see `verdict`."""
+    """What the loop did, and what binds it."""
 
     images_per_s: float
     data_wait_share: float
-    device_lag: float
+    verdict: str
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
         "images_per_s": {name: round(value, 1) for name, value in medians.items()},
         "ours / reference": round(medians["ours"] / medians["reference"], 2),
         "data_wait_share": round(statistics.median(ours.data_wait_share for ours in seen), 4),
-        "verdict": verdict(**asdict(seen[-1]), on_gpu=arguments.device == "cuda"),
+        "verdict": seen[-1].verdict,
         "precision": arguments.precision,
         "threads": arguments.threads,
     }
@@ -162,8 +163,10 @@ def _ours(run: TrainingRun, arguments: argparse.Namespace) -> Ours:
     launched = time.perf_counter()
     _settle(arguments)
     ended = time.perf_counter()
-    lag = (ended - launched) / (ended - start) * (arguments.steps - WARM_UP)
-    return Ours(num_images / (ended - start), wait_s / (ended - start), lag)
+    elapsed_s, lag_s, num_steps = ended - start, ended - launched, arguments.steps - WARM_UP
+    rate, idle = num_images / elapsed_s, idle_share(wait_s, lag_s, elapsed_s, num_steps)
+    said = verdict(rate, idle, lag_s / elapsed_s * num_steps, on_gpu=arguments.device == "cuda")
+    return Ours(rate, wait_s / elapsed_s, said)
 
 
 def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:

@@ -49,7 +49,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
     duration_s = round(time.monotonic() - start, 1)
-    medians = {name: _median(last["history"], name) for name in ("images_per_s", "data_wait_share", "device_lag")}
+    names = ("images_per_s", "data_wait_share", "data_idle_share", "device_lag")
+    images_per_s, data_wait_share, data_idle_share, device_lag = (_median(last["history"], name) for name in names)
     summary: dict[str, Any] = {
         "status": "done",
         "run_id": config.run_id,
@@ -61,8 +62,9 @@ def main(config: TrainConfig) -> dict[str, Any]:
         "num_steps": run.num_steps,
         "num_images": run.num_images,
         "num_errors": len(last["errors"]),
-        **medians,
-        "verdict": verdict(**medians, on_gpu=device == "cuda"),
+        "images_per_s": images_per_s,
+        "data_wait_share": data_wait_share,
+        "verdict": verdict(images_per_s, data_idle_share, device_lag, on_gpu=device == "cuda"),
         "device": device,
         "num_workers": workers.most,
         "duration_s": duration_s,
@@ -70,7 +72,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     }
     facts = {
         "time": f"{duration_s} s",
-        "images/s": f"{medians['images_per_s']:,.0f}",
+        "images/s": f"{images_per_s:,.0f}",
         "bound": summary["verdict"],
         "device": device,
         "workers": f"{workers.most} of {workers.cpus_per_worker} CPUs",
@@ -83,7 +85,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
 
 def _median(history: list[dict[str, Any]], name: str) -> float:
-    values = sorted(entry.get(name, 0.0) for entry in history)  # a run begun by an earlier version lacks the newest
+    values = sorted(entry[name] for entry in history if name in entry) or [0.0]  # entries of earlier versions lack some
     return round(float(values[len(values) // 2]), 4)
 
 

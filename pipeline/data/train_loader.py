@@ -237,7 +237,7 @@ def pinned(batch: TrainBatch) -> TrainBatch:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor there. A copy from memory that is not pinned would hold the loop until a GPU has done all its work."""
+    """The tensor on `device`, copied from pinned memory: else the host waits until a GPU has done its work."""
     is_copied_to_gpu = device.type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if is_copied_to_gpu else tensor).to(device, non_blocking=True)
 

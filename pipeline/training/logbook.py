@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
+from pipeline.training.bound import idle_share
 from pipeline.training.counts import Outcome
 from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
@@ -31,8 +32,8 @@ class Logbook:
     """Sums up the steps since the last look, on the device, and at a look over all ranks.
 
     `history` has an entry per look, `evaluations` one per evaluation, `errors` the images that failed, by uri. Of an
-    entry, `data_wait_share` is the share of the time spent waiting for batches, `device_lag` how many steps' time the
-    device still had work when the loop had none left.
+    entry, `data_wait_share` is the share of the time that the loop waited for batches, `data_idle_share` that in which
+    the device was idle for it, `device_lag` how many steps' time it still had work when the loop had none left.
     """
 
     def __init__(self, run: TrainingRun, worker: Worker) -> None:
@@ -150,6 +151,7 @@ class Logbook:
             "learning_rate": step.learning_rate,
             "images_per_s": num_images / elapsed_s,
             "data_wait_share": all_wait_s / all_elapsed_s,
+            "data_idle_share": idle_share(all_wait_s, all_lag_s, all_elapsed_s, len(self._steps)),
             "device_lag": all_lag_s / all_elapsed_s * len(self._steps),
         }
         if self.is_entry_due(step.number - len(self._steps), step.number):

@@ -180,6 +180,7 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
+        num_on_node=context.get_local_world_size(),
         device=ray.train.torch.get_device(),
         num_threads=num_threads,
         notice=voice.notice,

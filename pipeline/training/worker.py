@@ -19,7 +19,8 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A rank. Where `world_size` is over 1, torch.distributed's default group must be there.
+    """A rank, one of `num_on_node` on its node. Where `world_size` is over 1, torch.distributed's default group must be
+    there.
 
     `notice` is asked every few steps, by all ranks at the same one; `observe` is told the progress: a training's on
     rank 0, an evaluation's on each.
@@ -27,6 +28,7 @@ class Worker:
 
     rank: int = 0
     world_size: int = 1
+    num_on_node: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_threads: int = 1
     notice: Callable[[], Notice] = Notice

@@ -1,7 +1,6 @@
 """The loop does what a plain PyTorch loop does, alone or with others, disturbed or not."""
 
 import gc
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch.nn.functional as F
 
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError
-from pipeline.training import checkpoint, loop
-from pipeline.training.loop import Trainee, batches_of, make_loader, make_network, train
+from pipeline.training import checkpoint
+from pipeline.training.feed import batches_of, make_loader
+from pipeline.training.loop import Trainee, make_network, train
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Notice, Worker
 from tests.training_worlds import make_sets, make_square_sets, train_config, train_here
@@ -106,21 +106,6 @@ def test_a_run_decoded_by_processes_ends_with_the_weights_of_one_that_is_not(roo
         for number in (1, 2)
     ]
     assert largest_difference(*(last_state(run)["network"] for run in runs)) == 0
-
-
-def test_processes_without_the_memory_to_hand_batches_over_are_refused_or_done_without(root, monkeypatch, caplog):
-    monkeypatch.setattr(loop, "free_shared_memory", lambda: 20_000)  # of four batches of 8 images of 16 pixels a side
-    asked = train_config(root, run_id="asked", data={"decode_processes": 2}, augment={"size": 16})
-    with pytest.raises(ConfigError, match=r"expected 0 MB of shared memory .* or set it to 1"):
-        train_here(asked)
-    run = make_run(train_config(root, run_id="unset", augment={"size": 16}))
-    images = TrainingSet.open(run.config.train)
-    on_gpu = Worker(num_threads=8, device=torch.device("cuda"))
-    loader = replace(make_loader(run, Worker(num_threads=8), images), pin_memory=False)
-    batch = next(batches_of(run, on_gpu, loader, 0))
-    assert len(batch.labels) == run.config.batch_size
-    assert multiprocessing.active_children() == []
-    assert "one decodes" in caplog.text
 
 
 def test_a_cached_run_sees_what_an_uncached_one_sees(tmp_path):

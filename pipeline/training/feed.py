@@ -1,0 +1,107 @@
+"""A worker's batches over a whole run: the loader that the config asks for, and who decodes, threads or processes."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from pipeline.data.decoding_processes import decoded_by_processes, free_shared_memory
+from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
+from pipeline.data.training_set import TrainingSet
+from pipeline.errors import ConfigError
+from pipeline.training import augment
+from pipeline.training.run import TrainingRun
+from pipeline.training.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+_THREADS_TO_A_PROCESS = 4  # that decode: the interpreter is a tenth of an image's work, and is fought for
+
+Loader = TrainLoader | CachedLoader
+
+
+def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loader:
+    """The worker's loader, cached where the config says so. Raises ConfigError where a crop cannot be cached."""
+    config = run.config
+    geometry = augment.Geometry(config.augment, run.preprocessing)
+    loader = TrainLoader(
+        images=train_set,
+        limits=config.data,
+        geometry=geometry.apply,
+        num_draws=augment.NUM_DRAWS,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_lanes=min(config.data.num_lanes, run.num_images),
+        shuffle_window=config.data.shuffle_window if config.data.cache == "none" else None,
+        num_threads=config.data.decode_threads or worker.num_threads,
+        pin_memory=worker.device.type == "cuda",
+    )
+    if config.data.cache == "none":
+        return loader
+    if config.augment.crop != "pad":
+        raise ConfigError(f"data.cache: expected augment.crop pad with it, got {config.augment.crop}; use cache none")
+    device = worker.device if config.data.cache == "device" else torch.device("cpu")
+    padding = config.augment.padding
+    return CachedLoader(loader, device, lambda pixels, size, draws: augment.crop_padded(pixels, padding, size, draws))
+
+
+def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
+    """This rank's batches from a step of the run on, epoch after epoch, to the last step.
+
+    Raises ConfigError where the decoding processes asked for lack the shared memory to hand them over.
+    """
+    rank, world_size = worker.rank, worker.world_size
+    if isinstance(loader, CachedLoader) or (num_processes := _num_processes(run, worker, loader)) == 1:
+        return _in_order(run, step, loader, rank, world_size)
+    return decoded_by_processes(
+        loader,
+        partial(_in_order, run, step),
+        rank=rank,
+        world_size=world_size,
+        num_processes=num_processes,
+        num_ahead=run.config.data.prefetch_batches,
+    )
+
+
+def _num_processes(run: TrainingRun, worker: Worker, loader: TrainLoader) -> int:
+    asked = run.config.data.decode_processes
+    on_gpu = worker.device.type == "cuda"
+    wanted = asked or (max(1, loader.num_threads // _THREADS_TO_A_PROCESS) if on_gpu else 1)
+    wanted = min(wanted, max(1, loader.num_lanes // worker.world_size))
+    lack = _lack_of_shared_memory(run, worker, wanted) if wanted > 1 else None
+    if lack is None:
+        return wanted
+    if asked:
+        raise ConfigError(f"{lack}, or set it to 1")
+    logger.warning("%s; one decodes", lack)
+    return 1
+
+
+def _lack_of_shared_memory(run: TrainingRun, worker: Worker, num_processes: int) -> str | None:
+    config = run.config
+    side = max([config.augment.size, *(size for _, size in config.augment.progressive)])
+    num_images = -(-config.batch_size // worker.world_size) * (config.data.prefetch_batches + 1)
+    needed, free = worker.num_on_node * num_images * 3 * side**2, free_shared_memory()
+    if needed <= free:
+        return None
+    return (
+        f"data.decode_processes: expected {needed / 2**20:.1f} MB of shared memory (/dev/shm) for the batches that "
+        f"{num_processes} processes hand over to each of {worker.num_on_node} workers here, found "
+        f"{free / 2**20:.1f} MB; give the container more (--shm-size), lower data.prefetch_batches"
+    )
+
+
+def _in_order(run: TrainingRun, step: int, loader: Loader, rank: int, world_size: int) -> Iterator[TrainBatch]:
+    while step < run.num_steps:
+        epoch, first = divmod(step, run.steps_per_epoch)
+        size_at = partial(_size_at, run, epoch)
+        for batch in loader.batches(epoch, first, rank=rank, world_size=world_size, size_at=size_at):
+            yield batch
+            step += 1
+            if step == run.num_steps:
+                return
+
+
+def _size_at(run: TrainingRun, epoch: int, step: int) -> int:
+    return augment.size_at(run.config.augment, (epoch * run.steps_per_epoch + step) / run.num_steps)

@@ -1,0 +1,50 @@
+"""A worker's batches over a run: who decodes them, and what that needs."""
+
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.data.training_set import TrainingSet
+from pipeline.errors import ConfigError
+from pipeline.training import feed
+from pipeline.training.feed import batches_of, make_loader
+from pipeline.training.run import make_run
+from pipeline.training.worker import Worker
+from tests.training_worlds import make_sets, train_config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    make_sets(folder)
+    return folder
+
+
+NEEDED = 4 * 8 * 3 * 16**2
+"""Bytes of the batches below on their way: three ahead and one taken, of 8 images of 16 pixels a side."""
+
+
+def run_with(root, **data):
+    return make_run(train_config(root, data=data, augment={"size": 16}))
+
+
+def test_processes_hand_over_what_the_memory_of_the_workers_node_holds(root, monkeypatch):
+    run, images = run_with(root, decode_processes=2), TrainingSet.open(str(root / "train"))
+    monkeypatch.setattr(feed, "free_shared_memory", lambda: NEEDED)
+    batches_of(run, Worker(), make_loader(run, Worker(), images), 0)
+    for free, worker in ((NEEDED - 1, Worker()), (NEEDED, Worker(num_on_node=2))):
+        monkeypatch.setattr(feed, "free_shared_memory", lambda free=free: free)
+        with pytest.raises(ConfigError, match=r"expected 0\.\d MB of shared memory .* or set it to 1"):
+            batches_of(run, worker, make_loader(run, worker, images), 0)
+
+
+def test_processes_that_nobody_asked_for_are_done_without_where_memory_lacks(root, monkeypatch, caplog):
+    monkeypatch.setattr(feed, "free_shared_memory", lambda: NEEDED - 1)
+    run, images = run_with(root), TrainingSet.open(str(root / "train"))
+    loader = replace(make_loader(run, Worker(num_threads=8), images), pin_memory=False)
+    batch = next(batches_of(run, Worker(num_threads=8, device=torch.device("cuda")), loader, 0))
+    assert len(batch.labels) == run.config.batch_size
+    assert multiprocessing.active_children() == []
+    assert "one decodes" in caplog.text
