@@ -32,8 +32,8 @@ def verdict(images_per_s: float, data_idle_share: float, device_lag: float, *, o
         )
     if on_gpu and device_lag < _LEAST_LAG:
         return (
-            "launch-bound: the GPU has done a step as soon as it is launched, and only "
-            f"{data_idle_share:.1%} of the time went into waiting for data; compute.compile, a larger batch_size, or more "
+            f"launch-bound: the GPU has done a step as soon as it is launched, and only {data_idle_share:.1%} of the "
+            "time went into waiting for data; compute.compile, a larger batch_size, or more "
             f"data.decode_processes with fewer threads beside the loop, would raise {images_per_s:,.0f} images/s"
         )
     return (
