@@ -8,7 +8,8 @@
                 float32, on a GPU under autocast in the same precision
 
 The same images (`--copies` of each), batch, augmentation (random-resized crop, flip) and optimizer. The two alternate;
-each round is timed from its third step on; medians and their ratio are printed, with what ours says it is bound by.
+each round is timed from the step after `--warm-up` on; medians and their ratio are printed, with what ours says it is
+bound by.
 `--synthetic` adds ours on pixels that are there already: what the loop could do if data cost nothing.
 """
 
@@ -40,8 +41,6 @@ from pipeline.training.feed import batches_of, make_loader
 from pipeline.training.loop import Trainee
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Worker
-
-WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="tar of nXXXXXXXX_name.JPEG")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps not timed: what was decoded ahead goes first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="that decode for ours; unset: as data.decode_processes")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--synthetic", action="store_true", help="also on pixels that are there already")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -140,6 +141,7 @@ def _packed_run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
         batch_size=arguments.batch,
         augment={"size": arguments.size},
         evaluation={"preprocessing": {"resize_size": 256, "crop_size": 224}},
+        data={"decode_processes": arguments.processes},
         compute={"precision": arguments.precision},
     )
     return make_run(config).model_copy(update={"device": arguments.device})
@@ -152,7 +154,7 @@ def _ours(run: TrainingRun, arguments: argparse.Namespace) -> Ours:
     batches = storage.run_ahead(batches_of(run, worker, make_loader(run, worker, images), 0), 3)
     num_images, start, wait_s = 0, 0.0, 0.0
     for number in range(arguments.steps):
-        if number == WARM_UP:
+        if number == arguments.warm_up:
             _settle(arguments)
             num_images, start, wait_s = 0, time.perf_counter(), 0.0
         wait_start = time.perf_counter()
@@ -163,7 +165,7 @@ def _ours(run: TrainingRun, arguments: argparse.Namespace) -> Ours:
     launched = time.perf_counter()
     _settle(arguments)
     ended = time.perf_counter()
-    elapsed_s, lag_s, num_steps = ended - start, ended - launched, arguments.steps - WARM_UP
+    elapsed_s, lag_s, num_steps = ended - start, ended - launched, arguments.steps - arguments.warm_up
     rate, idle = num_images / elapsed_s, idle_share(wait_s, lag_s, elapsed_s, num_steps)
     said = verdict(rate, idle, lag_s / elapsed_s * num_steps, on_gpu=arguments.device == "cuda")
     return Ours(rate, wait_s / elapsed_s, said)
@@ -177,12 +179,12 @@ def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:
     batch = next(iter(loader.batches(0, 0, rank=0, world_size=1, size_at=lambda _: arguments.size)))
     start = 0.0
     for number in range(arguments.steps):
-        if number == WARM_UP:
+        if number == arguments.warm_up:
             _settle(arguments)
             start = time.perf_counter()
         trainee.train_step(batch, 0.01)
     _settle(arguments)
-    return float((arguments.steps - WARM_UP) * len(batch.labels) / (time.perf_counter() - start))
+    return float((arguments.steps - arguments.warm_up) * len(batch.labels) / (time.perf_counter() - start))
 
 
 def _settle(arguments: argparse.Namespace) -> None:
@@ -238,10 +240,10 @@ def _reference(root: Path, arguments: argparse.Namespace) -> float:
             loss.backward()
             optimizer.step()
             number += 1
-            if number == WARM_UP:
+            if number == arguments.warm_up:
                 _settle(arguments)
                 start = time.perf_counter()
-            if number > WARM_UP:
+            if number > arguments.warm_up:
                 num_images += len(labels)
             if number == arguments.steps:
                 break

@@ -24,6 +24,8 @@ Decode: TypeAlias = Callable[[bytes], torch.Tensor]
 DecodeGroup: TypeAlias = Callable[[Sequence[bytes]], list[torch.Tensor | ImageError]]
 View: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Makes a decoded image, uint8 3×H×W, ready to be stacked, as `Preprocessing.apply` does."""
+GroupView: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""Makes them of decoded images of one device, stacked there, as `Preprocessing.apply_to_all` does."""
 Loaded: TypeAlias = list[torch.Tensor] | ImageError
 """An image in all its views, or why there is none."""
 
@@ -82,7 +84,7 @@ def load_batches(
 def load_batches_on_gpu(
     encoded: Iterable[bytes | ImageError],
     decode_group: DecodeGroup,
-    views: Sequence[View],
+    views: Sequence[GroupView],
     *,
     batch_size: int,
     device: torch.device,
@@ -107,7 +109,7 @@ def _adding_seconds(loaded: Iterable[tuple[Loaded, float]], log: LoadLog) -> Ite
 def _load_groups(
     encoded: Iterator[bytes | ImageError],
     decode_group: DecodeGroup,
-    views: Sequence[View],
+    views: Sequence[GroupView],
     device: torch.device,
     log: LoadLog,
 ) -> Iterator[Loaded]:
@@ -115,7 +117,7 @@ def _load_groups(
         start = time.perf_counter()
         decoded = iter(decode_group([item for item in group if not isinstance(item, ImageError)]))
         items = [item if isinstance(item, ImageError) else next(decoded) for item in group]
-        loaded = [item if isinstance(item, ImageError) else _view_on(device, item, views) for item in items]
+        loaded = _view_group(items, views, device)
         del decoded, items  # as large as they were encoded, and the next group is about to come
         log.decode_s += time.perf_counter() - start
         yield from loaded
@@ -169,13 +171,32 @@ def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:
     return _or_refusal(load)
 
 
-def _view_on(device: torch.device, image: torch.Tensor, views: Sequence[View]) -> Loaded:
+def _view_group(
+    items: Sequence[torch.Tensor | ImageError], views: Sequence[GroupView], device: torch.device
+) -> list[Loaded]:
+    """Images that are on the device together, others where they are."""
+    images = {index: item for index, item in enumerate(items) if isinstance(item, torch.Tensor)}
+    there = [index for index, image in images.items() if image.device.type == device.type]
+    viewed = dict(zip(there, _view_on(device, [images[index] for index in there], views), strict=True))
+    others = {index: image for index, image in images.items() if index not in viewed}
+    viewed |= {index: _view_elsewhere(device, image, views) for index, image in others.items()}
+    return [item if isinstance(item, ImageError) else viewed[index] for index, item in enumerate(items)]
+
+
+def _view_on(device: torch.device, images: Sequence[torch.Tensor], views: Sequence[GroupView]) -> list[Loaded]:
+    if not images:
+        return []
     try:
-        return [view(image).to(device) for view in views]
-    except Exception:  # the image's fault or the GPU's: a CPU tells
-        here = image.cpu()  # raises where the GPU has failed for good: that must make no error rows
-    loaded = _or_refusal(lambda: [view(here) for view in views])
-    return loaded if isinstance(loaded, ImageError) else [pixels.to(device) for pixels in loaded]
+        return [list(pixels) for pixels in zip(*(view(images) for view in views), strict=True)]
+    except Exception:  # an image's fault or the GPU's: each alone tells whose, and a CPU which
+        if len(images) > 1:
+            return [loaded for image in images for loaded in _view_on(device, [image], views)]
+        here = images[0].cpu()  # raises where the GPU has failed for good: that must make no error rows
+    return [_view_elsewhere(device, here, views)]
+
+
+def _view_elsewhere(device: torch.device, image: torch.Tensor, views: Sequence[GroupView]) -> Loaded:
+    return _or_refusal(lambda: [view([image])[0].to(device) for view in views])
 
 
 def _or_refusal(load: Callable[[], list[torch.Tensor]]) -> Loaded:

@@ -96,13 +96,15 @@ def decode_batches(
     """
     batch_size = batch_size or run.batch_size
     max_pixels, shrink_to = run.images.max_pixels, _shrink_to(run, preprocessings)
-    views = [preprocessing.apply for preprocessing in preprocessings]
     if run.decode == "gpu" and not isolated:
         device = torch.device(run.device)
         decode_group = partial(
             nvjpeg.decode_group, device=device, num_threads=num_threads, max_pixels=max_pixels, shrink_to=shrink_to
         )
-        yield from load_batches_on_gpu(encoded, decode_group, views, batch_size=batch_size, device=device, log=log)
+        group_views = [preprocessing.apply_to_all for preprocessing in preprocessings]
+        yield from load_batches_on_gpu(
+            encoded, decode_group, group_views, batch_size=batch_size, device=device, log=log
+        )
         return
     with ExitStack() as stack:
         decode = image_data.decode
@@ -111,7 +113,7 @@ def decode_batches(
         yield from load_batches(
             encoded,
             partial(decode, max_pixels=max_pixels, shrink_to=shrink_to),
-            views,
+            [preprocessing.apply for preprocessing in preprocessings],
             batch_size=batch_size,
             num_threads=1 if isolated else num_threads,
             log=log,

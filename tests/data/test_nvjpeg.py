@@ -131,7 +131,9 @@ def test_a_gpu_that_fails_for_good_stops_the_work_and_makes_no_error_rows(operat
     log = LoadLog()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         list(
-            load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [PREPROCESSING.apply], batch_size=1, device=CPU, log=log)
+            load_batches_on_gpu(
+                [PLAIN["jpeg"]], decode_group, [PREPROCESSING.apply_to_all], batch_size=1, device=CPU, log=log
+            )
         )
     assert log.errors == {}
 
@@ -170,8 +172,9 @@ def test_batches_and_errors_are_those_of_decoding_on_cpus(operator, names, batch
     lost = ImageError("fetch", "not_found", "it is gone")
     items = [lost if name == "lost" else ALL[name] for name in names]
     ours, theirs = LoadLog(), LoadLog()
-    views = [PREPROCESSING.apply, Preprocessing(resize_size=20, crop_size=8).apply]
-    found = load_batches_on_gpu(items, decode_group, views, batch_size=batch_size, device=CPU, log=ours)
+    preprocessings = [PREPROCESSING, Preprocessing(resize_size=20, crop_size=8)]
+    views, group_views = [each.apply for each in preprocessings], [each.apply_to_all for each in preprocessings]
+    found = load_batches_on_gpu(items, decode_group, group_views, batch_size=batch_size, device=CPU, log=ours)
 
     def decode(data):
         return images.decode(data, max_pixels=MAX_PIXELS)
@@ -188,13 +191,13 @@ def test_batches_and_errors_are_those_of_decoding_on_cpus(operator, names, batch
 def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(operator):
     calls = []
 
-    def fails_once(image):
-        calls.append(image)
+    def fails_once(images):
+        calls.append(images)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return PREPROCESSING.apply(image)
+        return PREPROCESSING.apply_to_all(images)
 
-    def fails(image):
+    def fails(images):
         raise RuntimeError("too small")
 
     log = LoadLog()
@@ -203,3 +206,13 @@ def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(ope
     assert (batch.rows, log.errors) == ([0], {})
     assert list(load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [fails], **group)) == []
     assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
+
+
+def test_an_image_that_no_view_takes_costs_its_group_nothing(operator):
+    long = encoded("JPEG", size=(3000, 2))
+    log = LoadLog()
+    refusing = Preprocessing(resize_size=500, crop_size=16)
+    group = [PLAIN["jpeg"], long, PLAIN["rotated"]]
+    [batch] = load_batches_on_gpu(group, decode_group, [refusing.apply_to_all], batch_size=4, device=CPU, log=log)
+    assert batch.rows == [0, 2]
+    assert log.errors[1].error == "aspect_ratio"
