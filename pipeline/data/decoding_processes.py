@@ -5,11 +5,13 @@ only so many images a second. So a worker may have several: each has the lanes o
 they made of it, put together in the order of the epoch. Batches are the same whatever the number of processes.
 """
 
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -65,7 +67,7 @@ def decoded_by_processes(
             batch_size=None,
             num_workers=num_processes,
             prefetch_factor=num_ahead,
-            multiprocessing_context="spawn",  # a fork would inherit locks that other threads hold
+            multiprocessing_context=_forkserver(),
         )
     )
     try:
@@ -77,6 +79,13 @@ def decoded_by_processes(
             yield _together(loader, [part.batch for part in step], rank, world_size)
     finally:
         del parts  # which ends the processes, even where an exception keeps this frame
+
+
+def _forkserver() -> BaseContext:
+    """Children of a process that imports once and has no threads, whose locks a fork would inherit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
 
 
 def free_shared_memory() -> int:

@@ -27,7 +27,7 @@ class DataConfig(ReadLimits):
     decode_threads: int | None = Field(None, ge=1)
     """Threads of a worker that decode; unset: as many as the worker has CPUs."""
     decode_processes: int | None = Field(None, ge=1)
-    """Processes of a worker that its decoding threads are spread over; unset: where a GPU trains one to four threads,
+    """Processes of a worker that its decoding threads are spread over; unset: where a GPU trains one to every two,
     for a single interpreter keeps no fast GPU busy, else 1, which is the worker itself. At most one to a lane."""
     prefetch_batches: int = Field(3, ge=1)
     """Batches decoded ahead of the loop."""

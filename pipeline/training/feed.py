@@ -16,7 +16,7 @@ from pipeline.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-_THREADS_TO_A_PROCESS = 4  # that decode: the interpreter is a tenth of an image's work, and is fought for
+_THREADS_TO_A_PROCESS = 2  # that decode: the interpreter is a tenth of an image's work, and is fought for
 
 Loader = TrainLoader | CachedLoader
 

@@ -134,6 +134,7 @@ def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statis
     assert largest_difference(*(last_state(run)["network"] for run in runs)) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_step_is_launched_without_waiting_for_its_work(root):
     augment = {**AUGMENTED["augment"], "policy": "none"}
