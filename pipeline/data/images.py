@@ -98,8 +98,13 @@ def _is_plain(header: JpegHeader, shrink_to: int | None) -> bool:
 
 
 def as_tensor(data: bytes) -> torch.Tensor:
-    """A copy, as uint8: a tensor cannot wrap read-only bytes."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    """The same memory as uint8, to be read only."""
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+with warnings.catch_warnings():  # torch says once in a process that bytes must not be written to, which nobody does
+    warnings.simplefilter("ignore")
+    as_tensor(b"\0")
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:

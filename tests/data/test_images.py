@@ -188,6 +188,14 @@ def test_an_animation_gives_its_first_frame(format: str) -> None:
     assert torch.equal(decode(data, max_pixels=MAX_PIXELS), expected(single))
 
 
+def test_encoded_bytes_reach_a_decoder_without_a_copy_or_a_warning() -> None:
+    command = "import torch; from pipeline.data.images import as_tensor; data = bytes(range(200)); print(" + (
+        "as_tensor(data).data_ptr() == as_tensor(data).data_ptr(), as_tensor(data).tolist() == list(data))"
+    )
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", command], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("True True\n", "")
+
+
 def test_threads_get_the_same_pixels() -> None:
     files = [*JPEGS.values(), *OTHERS.values()] * 3
     with ThreadPoolExecutor(4) as threads:
