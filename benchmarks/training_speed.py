@@ -97,7 +97,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=176, help="pixels")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--copies", type=int, default=1, help="of each image, to fill an epoch")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.warm_up < arguments.steps:
+        parser.error(f"expected --warm-up between 1 and {arguments.steps - 1}, got {arguments.warm_up}")
+    return arguments
 
 
 def _unpack(arguments: argparse.Namespace, root: Path) -> None:

@@ -5,13 +5,12 @@ only so many images a second. So a worker may have several: each has the lanes o
 they made of it, put together in the order of the epoch. Batches are the same whatever the number of processes.
 """
 
-import multiprocessing
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,18 +34,25 @@ class _Part:
 
 
 class _Parts(IterableDataset["_Part | PipelineError"]):
-    """One process's part of every batch; an error that ends them comes as the last."""
+    """One process's part of every batch; an error that ends them comes as the last.
+
+    What it needs, labels of every image too, lies in shared memory: written to a process's pipe, it would hold up the
+    start of the next one until this one has imported torch.
+    """
 
     def __init__(self, loader: TrainLoader, batches: Batches, rank: int, world_size: int) -> None:
-        self._loader, self._batches, self._rank, self._world_size = loader, batches, rank, world_size
+        needed = bytearray(pickle.dumps((loader, batches)))
+        self._needed = torch.frombuffer(needed, dtype=torch.uint8).clone().share_memory_()
+        self._rank, self._world_size = rank, world_size
 
     def __iter__(self) -> "Iterator[_Part | PipelineError]":
         info = get_worker_info()
         assert info is not None
+        loader, batches = pickle.loads(self._needed.numpy())
         ranks = _ranks_of(self._rank, self._world_size, info.num_workers)
         try:
-            for batch in self._batches(self._loader, ranks[info.id], self._world_size * info.num_workers):
-                yield _Part(batch, _taken(self._loader.errors))
+            for batch in batches(loader, ranks[info.id], self._world_size * info.num_workers):
+                yield _Part(batch, _taken(loader.errors))
         except PipelineError as error:
             yield error
 
@@ -56,18 +62,20 @@ def decoded_by_processes(
 ) -> Iterator[TrainBatch]:
     """What `batches` gives for this rank, each of `num_processes` decoding its part `num_ahead` batches ahead.
 
-    The loader's threads are shared out among them, and what fails is added to its `errors`. Raises what `batches`
-    raises, and RuntimeError where a process dies.
+    The loader's threads and requests are shared out among them, and what fails is added to its `errors`. Raises what
+    `batches` raises, and RuntimeError where a process dies.
     """
     num_threads = max(1, loader.num_threads // num_processes)
-    theirs = replace(loader, num_threads=num_threads, pin_memory=False, errors={})
+    concurrency = max(1, loader.limits.fetch_concurrency // num_processes)
+    limits = loader.limits.model_copy(update={"fetch_concurrency": concurrency})
+    theirs = replace(loader, num_threads=num_threads, limits=limits, pin_memory=False, errors={})
     parts = iter(
         DataLoader(
             _Parts(theirs, batches, rank, world_size),
             batch_size=None,
             num_workers=num_processes,
             prefetch_factor=num_ahead,
-            multiprocessing_context=_forkserver(),
+            multiprocessing_context="spawn",  # a fork would inherit locks that other threads hold
         )
     )
     try:
@@ -79,13 +87,6 @@ def decoded_by_processes(
             yield _together(loader, [part.batch for part in step], rank, world_size)
     finally:
         del parts  # which ends the processes, even where an exception keeps this frame
-
-
-def _forkserver() -> BaseContext:
-    """Children of a process that imports once and has no threads, whose locks a fork would inherit."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
 
 
 def free_shared_memory() -> int:

@@ -1,12 +1,11 @@
 """Resizing and cropping many images at once on a GPU: one Triton kernel, whatever their sizes.
 
 One by one an image takes some ten launches, which cost the interpreter more time than the GPU, and most of it is spent
-on pixels that the crop drops. Imported where a GPU decodes only: triton comes with torch's builds for GPUs.
+on pixels that the crop drops. Imported where a GPU decodes only: Triton comes with torch's builds for GPUs, and wants a
+C compiler.
 """
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,6 @@ import triton.language as tl
 
 if TYPE_CHECKING:
     from pipeline.data.transforms import Preprocessing
-
-logger = logging.getLogger(__name__)
 
 _BLOCK = 256  # pixels of the crop to a program
 
@@ -27,28 +24,15 @@ def resize_and_crop(images: Sequence[torch.Tensor], preprocessing: "Preprocessin
     uint8 N×3×S×S in channels_last memory. For `bilinear` and `bicubic` with antialias. Raises ImageError where one of
     them is too narrow to be resized.
     """
+    assert all(image.dtype == torch.uint8 and image.ndim == 3 for image in images)
     size, device = preprocessing.crop_size, images[0].device
     rows = [[image.data_ptr(), *image.stride(), *_geometry(image, preprocessing)] for image in images]
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     shape = (len(images), 3, size, size)
     crops = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
-    grid = (len(images), triton.cdiv(size * size, _BLOCK))
+    grid = (triton.cdiv(size * size, _BLOCK), len(images))  # the second may be 65,535
     _resize_and_crop[grid](table, crops, size, len(rows[0]), preprocessing.interpolation == "bicubic", _BLOCK)
     return crops
-
-
-@cache
-def is_usable(device: torch.device) -> bool:
-    """Whether the kernel can be compiled and run here, which is tried; a warning tells why not."""
-    from pipeline.data.transforms import Preprocessing
-
-    try:
-        image = torch.zeros(3, 8, 8, dtype=torch.uint8, device=device)
-        return resize_and_crop([image], Preprocessing(resize_size=4, crop_size=4)).sum().item() == 0
-    except Exception as error:  # of Triton or of the C compiler that it calls
-        said = str(error).partition("\n")[0]
-        logger.warning("images are resized one by one, at a third of the speed, for Triton does not work: %s", said)
-        return False
 
 
 def _geometry(image: torch.Tensor, preprocessing: "Preprocessing") -> tuple[int, ...]:
@@ -64,7 +48,7 @@ def _geometry(image: torch.Tensor, preprocessing: "Preprocessing") -> tuple[int,
 @triton.jit
 def _resize_and_crop(table, crops, size, num_columns, is_bicubic: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     """A block of an image's crop. The sums of torch's antialiased kernels (UpSampleBilinear2d.cu), in float32."""
-    image = tl.program_id(0)
+    image = tl.program_id(1)
     row = table + image * num_columns
     pixels = tl.load(row).to(tl.pointer_type(tl.uint8))
     of_channel, of_row, of_column = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -72,7 +56,7 @@ def _resize_and_crop(table, crops, size, num_columns, is_bicubic: tl.constexpr, 
     resized_height, resized_width = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
     top, left = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32)
 
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y, x = place // size + top, place % size + left
     is_image = (y >= 0) & (y < resized_height) & (x >= 0) & (x < resized_width)
     centre_y, stretch_y, first_y, last_y, taps_y = _window(y, height, resized_height, is_bicubic)
@@ -95,7 +79,7 @@ def _resize_and_crop(table, crops, size, num_columns, is_bicubic: tl.constexpr, 
             total += weight
     scale = tl.where(is_image, 1.0 / tl.where(is_image, total, 1.0), 0.0)
 
-    crop = crops + (image * size * size + place).to(tl.int64) * 3
+    crop = crops + (image.to(tl.int64) * size * size + place) * 3
     is_crop = place < size * size
     tl.store(crop, _level(red * scale), mask=is_crop)
     tl.store(crop + 1, _level(green * scale), mask=is_crop)

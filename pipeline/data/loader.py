@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -186,12 +187,11 @@ def _view_group(
 def _view_on(device: torch.device, images: Sequence[torch.Tensor], views: Sequence[GroupView]) -> list[Loaded]:
     if not images:
         return []
-    try:
+    with suppress(Exception):  # an image's fault or the GPU's: each alone tells whose, and a CPU which
         return [list(pixels) for pixels in zip(*(view(images) for view in views), strict=True)]
-    except Exception:  # an image's fault or the GPU's: each alone tells whose, and a CPU which
-        if len(images) > 1:
-            return [loaded for image in images for loaded in _view_on(device, [image], views)]
-        here = images[0].cpu()  # raises where the GPU has failed for good: that must make no error rows
+    if len(images) > 1:
+        return [loaded for image in images for loaded in _view_on(device, [image], views)]
+    here = images[0].cpu()  # raises where the GPU has failed for good: that must make no error rows
     return [_view_elsewhere(device, here, views)]
 
 

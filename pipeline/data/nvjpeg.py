@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.data import images
 from pipeline.data.jpeg import JpegHeader
+from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, RunError
 
 _MOST_PIXELS = 2**24  # of an image
@@ -24,15 +25,27 @@ _MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; a shard's
 logger = logging.getLogger(__name__)
 
 
-def require(device: torch.device) -> None:
-    """Decode an image, which also makes nvJPEG ready. Raises RunError where it does not work here."""
+def require(device: torch.device, preprocessings: Sequence[Preprocessing]) -> None:
+    """Decode and preprocess an image, which also makes nvJPEG and the kernels ready.
+
+    Raises RunError where that does not work here.
+    """
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
     try:
-        _decode_jpegs([file.getvalue()], device)
+        decoded = _decode_jpegs([file.getvalue()], device)
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
         raise RunError(f"nvJPEG does not work on this node: {said}; set compute.decode to cpu") from error
+    try:
+        for preprocessing in preprocessings:
+            preprocessing.apply_to_all(decoded)
+    except Exception as error:  # Triton's, or of what it calls; done otherwise, pixels would differ by node
+        said = str(error).partition("\n")[0]
+        raise RunError(
+            f"images cannot be resized on the GPU of this node: {said}; Triton needs a C compiler: install one, or set "
+            "compute.decode to cpu"
+        ) from error
 
 
 def decode_group(

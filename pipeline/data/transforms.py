@@ -81,10 +81,9 @@ class Preprocessing(Section):
         import torch
 
         if images[0].is_cuda and self.antialias and self.interpolation != "nearest":
-            from pipeline.data import gpu_resize
+            from pipeline.data.gpu_resize import resize_and_crop
 
-            if gpu_resize.is_usable(images[0].device):
-                return gpu_resize.resize_and_crop(images, self)
+            return resize_and_crop(images, self)
         return torch.stack([self.apply(image) for image in images])
 
     def resize(self, image: "torch.Tensor") -> "torch.Tensor":

@@ -54,7 +54,8 @@ class ComputeConfig(Section):
     """Device of the networks; auto takes GPUs where the cluster has any."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; gpu: by the GPUs that predict, in the fused form; auto: so where an actor has a single
-    CPU beside its GPU. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared."""
+    CPU beside its GPU. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared. A GPU
+    that decodes wants a C compiler on its node."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
     precision: AskedPrecision = "auto"

@@ -86,9 +86,7 @@ class Predictor:
         if self._device.type == "cuda":
             compute_repeatably()
         if run.decode == "gpu":
-            nvjpeg.require(self._device)
-            for preprocessing in self.preprocessings:  # compiles what the first image would wait for
-                preprocessing.apply_to_all([torch.zeros(3, 16, 16, dtype=torch.uint8, device=self._device)])
+            nvjpeg.require(self._device, self.preprocessings)
         choices = networks.decide(run, manifest)
         self.computed_in = json.dumps({name: str(choice) for name, choice in choices.items()})
         self._programs = [

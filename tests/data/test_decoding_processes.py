@@ -1,12 +1,18 @@
 """Batches that processes of a worker decode, beside those that it decodes itself."""
 
 import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pipeline.data.decoding_processes import decoded_by_processes
+from pipeline.data.decoding_processes import _Parts, decoded_by_processes
 from pipeline.data.readers import ReadLimits
 from pipeline.data.train_loader import TrainBatch, TrainLoader
 from pipeline.errors import StorageError
@@ -41,6 +47,12 @@ def test_batches_are_those_that_the_worker_would_decode_itself(root, kind, rank,
     assert_same(list(decoded), expected)
 
 
+def test_what_a_process_is_told_does_not_hold_up_the_start_of_the_next(root):
+    loader = make_loader(root / "packed")
+    large = replace(loader, images=replace(loader.images, labels=[np.arange(100_000)]))
+    assert len(ForkingPickler.dumps(_Parts(large, two_epochs, 0, 1))) < 1 << 14  # a pipe takes 64 KB
+
+
 def test_images_that_fail_in_a_process_are_the_loaders_errors(root):
     loader = make_loader(root / "train", limits=ReadLimits(allowed_roots=["s3://"]))
     batches = list(decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1))
@@ -71,3 +83,26 @@ def test_a_process_that_is_killed_is_noticed_and_none_outlives_the_batches(root)
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         list(decoded)
     assert multiprocessing.active_children() == []
+
+
+def test_none_outlives_a_worker_that_is_killed(root):
+    code = (
+        "import multiprocessing, sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.data.test_decoding_processes import decoded_by_processes, make_loader, two_epochs\n"
+        "if __name__ == '__main__':\n"
+        "    loader = make_loader(Path(sys.argv[1]))\n"
+        "    batches = decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1)\n"
+        "    next(batches)\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, str(root / "packed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as worker:
+        pids = [int(pid) for pid in worker.stdout.readline().split()]
+        worker.kill()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

@@ -119,7 +119,19 @@ def test_torchvisions_operator_is_the_one_that_is_called():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_node_on_which_nvjpeg_does_not_work_says_so_before_any_image_is_taken():
     with pytest.raises(RunError, match=r"nvJPEG does not work on this node: .*; set compute.decode to cpu"):
-        nvjpeg.require(torch.device("cuda"))
+        nvjpeg.require(torch.device("cuda"), [])
+
+
+def test_a_node_on_which_images_cannot_be_resized_as_on_others_says_so_too(operator, monkeypatch):
+    def fails(self, images):
+        raise RuntimeError("Failed to find C compiler.\nMore")
+
+    nvjpeg.require(CPU, [PREPROCESSING])
+    monkeypatch.setattr(Preprocessing, "apply_to_all", fails)
+    with pytest.raises(
+        RunError, match=r"cannot be resized .*: Failed to find C compiler\.; .* set compute.decode to cpu"
+    ):
+        nvjpeg.require(CPU, [PREPROCESSING])
 
 
 def test_a_gpu_that_fails_for_good_stops_the_work_and_makes_no_error_rows(operator, monkeypatch):
@@ -141,7 +153,7 @@ def test_a_gpu_that_fails_for_good_stops_the_work_and_makes_no_error_rows(operat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_pixels_come_near_those_of_a_cpu_and_are_the_same_every_time():
     gpu = torch.device("cuda")
-    nvjpeg.require(gpu)
+    nvjpeg.require(gpu, [PREPROCESSING])
     group = [encoded("JPEG", size=(200 + 3 * number, 150)) for number in range(200)] + list(ALL.values())
     options = {"device": gpu, "num_threads": 2, "max_pixels": MAX_PIXELS}
     first, again = nvjpeg.decode_group(group, **options), nvjpeg.decode_group(group, **options)
@@ -206,6 +218,21 @@ def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(ope
     assert (batch.rows, log.errors) == ([0], {})
     assert list(load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [fails], **group)) == []
     assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
+
+
+def test_a_group_that_lacked_memory_for_a_moment_is_viewed_one_by_one(operator):
+    sizes = []
+
+    def fails_together(images):
+        sizes.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return PREPROCESSING.apply_to_all(images)
+
+    log = LoadLog()
+    group = [PLAIN["jpeg"], PLAIN["rotated"]]
+    [batch] = load_batches_on_gpu(group, decode_group, [fails_together], batch_size=4, device=CPU, log=log)
+    assert (batch.rows, log.errors, sizes) == ([0, 1], {}, [2, 1, 1])
 
 
 def test_an_image_that_no_view_takes_costs_its_group_nothing(operator):

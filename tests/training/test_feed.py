@@ -48,3 +48,13 @@ def test_processes_that_nobody_asked_for_are_done_without_where_memory_lacks(roo
     assert len(batch.labels) == run.config.batch_size
     assert multiprocessing.active_children() == []
     assert "one decodes" in caplog.text
+
+
+def test_beside_a_gpu_every_two_decoding_threads_have_a_process(root, monkeypatch):
+    started = []
+    monkeypatch.setattr(feed, "decoded_by_processes", lambda *_, num_processes, **__: started.append(num_processes))
+    run, images = run_with(root), TrainingSet.open(str(root / "train"))
+    for num_threads in (5, 16):
+        worker = Worker(num_threads=num_threads, device=torch.device("cuda"))
+        batches_of(run, worker, make_loader(run, worker, images), 0)
+    assert started == [2, 8]
