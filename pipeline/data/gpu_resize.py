@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pipeline.data.transforms import Preprocessing
 
 _BLOCK = 256  # pixels of the crop to a program
+_OPTIONS = {
+    "enable_fp_fusion": False
+}  # by default a matter of Triton's version, and of the last bit
 
 
 def resize_and_crop(images: Sequence[torch.Tensor], preprocessing: "Preprocessing") -> torch.Tensor:
@@ -31,7 +34,8 @@ def resize_and_crop(images: Sequence[torch.Tensor], preprocessing: "Preprocessin
     shape = (len(images), 3, size, size)
     crops = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
     grid = (triton.cdiv(size * size, _BLOCK), len(images))  # the second may be 65,535
-    _resize_and_crop[grid](table, crops, size, len(rows[0]), preprocessing.interpolation == "bicubic", _BLOCK)
+    is_bicubic = preprocessing.interpolation == "bicubic"
+    _resize_and_crop[grid](table, crops, size, len(rows[0]), is_bicubic, _BLOCK, **_OPTIONS)
     return crops
 
 

@@ -1,6 +1,7 @@
 """The kernel beside torch's, run by Triton's interpreter where there is no GPU."""
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -59,6 +60,23 @@ def test_what_others_an_image_is_resized_with_changes_none_of_its_pixels(gpu_res
 def test_an_image_too_narrow_to_resize_is_refused(gpu_resize):
     with pytest.raises(ImageError, match="expected a resized image"):
         gpu_resize.resize_and_crop([noise(1, 3000)], Preprocessing(resize_size=500, crop_size=16))
+
+
+@pytest.mark.parametrize("is_bicubic", [False, True])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(gpu_resize, monkeypatch, is_bicubic):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    spec = importlib.util.spec_from_file_location("gpu_resize_for_gpus", gpu_resize.__file__)
+    for_gpus = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(for_gpus)
+    arguments = {"table": "*i64", "crops": "*u8", "size": "i32", "num_columns": "i32"}
+    constants = {"is_bicubic": is_bicubic, "BLOCK": 256}
+    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(for_gpus._resize_and_crop, signature, {(4 + n,): v for n, v in enumerate(constants.values())})
+    compiled = compile(source, target=GPUTarget("cuda", 80, 32), options=gpu_resize._OPTIONS)
+    assert compiled.asm["cubin"]
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
