@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from pipeline.data.transforms import Preprocessing
 
 _BLOCK = 256  # pixels of the crop to a program
-_OPTIONS = {
-    "enable_fp_fusion": False
-}  # by default a matter of Triton's version, and of the last bit
+_OPTIONS = {"enable_fp_fusion": False}  # by default a matter of Triton's version, and of the last bit
 
 
 def resize_and_crop(images: Sequence[torch.Tensor], preprocessing: "Preprocessing") -> torch.Tensor:
