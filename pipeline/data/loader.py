@@ -1,8 +1,8 @@
 """From a shard to batches of pixels: fetch, decode and preprocess overlapped, in manifest order."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,6 +16,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
+
+logger = logging.getLogger(__name__)
 
 _SHARDS_SAMPLED = 8
 
@@ -187,10 +189,13 @@ def _view_group(
 def _view_on(device: torch.device, images: Sequence[torch.Tensor], views: Sequence[GroupView]) -> list[Loaded]:
     if not images:
         return []
-    with suppress(Exception):  # an image's fault or the GPU's: each alone tells whose, and a CPU which
+    try:
         return [list(pixels) for pixels in zip(*(view(images) for view in views), strict=True)]
-    if len(images) > 1:
+    except Exception as error:  # an image's fault or the GPU's: each alone tells whose, and a CPU which
+        said = str(error).partition("\n")[0]
+    if len(images) > 1:  # out here, where the exception no longer holds what its frames had on the GPU
         return [loaded for image in images for loaded in _view_on(device, [image], views)]
+    logger.warning("an image is preprocessed on the CPU, for on the GPU it failed: %s", said)
     here = images[0].cpu()  # raises where the GPU has failed for good: that must make no error rows
     return [_view_elsewhere(device, here, views)]
 

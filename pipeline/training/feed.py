@@ -16,6 +16,7 @@ from pipeline.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+_BYTES_TOLD_OF_AN_IMAGE = 16  # its label, and its part of what tells a shard: shared memory has that too
 _THREADS_TO_A_PROCESS = 2  # that decode: the interpreter is a tenth of an image's work, and is fought for
 
 Loader = TrainLoader | CachedLoader
@@ -82,7 +83,8 @@ def _lack_of_shared_memory(run: TrainingRun, worker: Worker, num_processes: int)
     config = run.config
     side = max([config.augment.size, *(size for _, size in config.augment.progressive)])
     num_images = -(-config.batch_size // worker.world_size) * (config.data.prefetch_batches + 1)
-    needed, free = worker.num_on_node * num_images * 3 * side**2, free_shared_memory()
+    of_worker = num_images * 3 * side**2 + run.num_images * _BYTES_TOLD_OF_AN_IMAGE
+    needed, free = worker.num_on_node * of_worker, free_shared_memory()
     if needed <= free:
         return None
     return (

@@ -200,7 +200,7 @@ def test_batches_and_errors_are_those_of_decoding_on_cpus(operator, names, batch
     }
 
 
-def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(operator):
+def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(operator, caplog):
     calls = []
 
     def fails_once(images):
@@ -216,6 +216,7 @@ def test_what_a_view_raises_is_the_images_error_only_where_a_cpu_says_so_too(ope
     group = {"device": CPU, "batch_size": 4, "log": log}
     [batch] = load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [fails_once], **group)
     assert (batch.rows, log.errors) == ([0], {})
+    assert "preprocessed on the CPU, for on the GPU it failed: CUDA out of memory" in caplog.text
     assert list(load_batches_on_gpu([PLAIN["jpeg"]], decode_group, [fails], **group)) == []
     assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
 

@@ -22,8 +22,9 @@ def root(tmp_path_factory):
     return folder
 
 
-NEEDED = 4 * 8 * 3 * 16**2
-"""Bytes of the batches below on their way: three ahead and one taken, of 8 images of 16 pixels a side."""
+def needed_by(run):
+    """Bytes of its batches, three ahead and one taken, of 8 images of 16 pixels a side, and of what else is told."""
+    return 4 * 8 * 3 * 16**2 + 16 * run.num_images
 
 
 def run_with(root, **data):
@@ -32,17 +33,18 @@ def run_with(root, **data):
 
 def test_processes_hand_over_what_the_memory_of_the_workers_node_holds(root, monkeypatch):
     run, images = run_with(root, decode_processes=2), TrainingSet.open(str(root / "train"))
-    monkeypatch.setattr(feed, "free_shared_memory", lambda: NEEDED)
+    needed = needed_by(run)
+    monkeypatch.setattr(feed, "free_shared_memory", lambda: needed)
     batches_of(run, Worker(), make_loader(run, Worker(), images), 0)
-    for free, worker in ((NEEDED - 1, Worker()), (NEEDED, Worker(num_on_node=2))):
+    for free, worker in ((needed - 1, Worker()), (needed, Worker(num_on_node=2))):
         monkeypatch.setattr(feed, "free_shared_memory", lambda free=free: free)
         with pytest.raises(ConfigError, match=r"expected 0\.\d MB of shared memory .* or set it to 1"):
             batches_of(run, worker, make_loader(run, worker, images), 0)
 
 
 def test_processes_that_nobody_asked_for_are_done_without_where_memory_lacks(root, monkeypatch, caplog):
-    monkeypatch.setattr(feed, "free_shared_memory", lambda: NEEDED - 1)
     run, images = run_with(root), TrainingSet.open(str(root / "train"))
+    monkeypatch.setattr(feed, "free_shared_memory", lambda: needed_by(run) - 1)
     loader = replace(make_loader(run, Worker(num_threads=8), images), pin_memory=False)
     batch = next(batches_of(run, Worker(num_threads=8, device=torch.device("cuda")), loader, 0))
     assert len(batch.labels) == run.config.batch_size
