@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_speed --images ../shared/data/imagenet-sample-700.tar
         [--architectures resnet18 resnet50] [--sources packed loose] [--decoders cpu gpu] [--num-images 40000]
+        [--actors-per-gpu 1 2 4]
 
     ours            jobs.benchmark: each stage alone, then the whole; tasks of a CPU decode for the GPU's
                     actor (cpu), or the actor decodes on the GPU (gpu)
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -87,12 +89,13 @@ def compile_bundles(root: Path, architectures: list[str]) -> dict[str, float]:
 
 
 def measure(root: Path, manifests: dict[str, str], arguments: argparse.Namespace) -> Iterator[Figures]:
-    """Ours from every source, with every decoder, and the peer."""
+    """Ours from every source, with every decoder and number of actors, and the peer."""
     for source in arguments.sources:
-        for architecture in arguments.architectures:
-            for decode in arguments.decoders:
-                told = ours(root, manifests[source], architecture, decode, arguments)
-                yield {"architecture": architecture, "source": source, "decode": decode, **told}
+        variants = product(arguments.architectures, arguments.decoders, arguments.actors_per_gpu)
+        for architecture, decode, actors in variants:
+            told = ours(root, manifests[source], architecture, decode, actors, arguments)
+            what = {"architecture": architecture, "source": source, "decode": decode, "actors_per_gpu": actors}
+            yield {**what, **told}
         if source == arguments.sources[0] and not arguments.no_peer:
             for architecture in arguments.architectures:
                 command = [sys.executable, str(_PEER), str(root / "peer-images"), str(root / "peer"), architecture]
@@ -108,6 +111,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names")
     parser.add_argument("--sources", nargs="+", choices=["packed", "loose"], default=["packed", "loose"])
     parser.add_argument("--decoders", nargs="+", choices=["cpu", "gpu"], default=["cpu", "gpu"])
+    parser.add_argument("--actors-per-gpu", type=int, nargs="+", default=[1], help="actors that share a GPU")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     return parser.parse_args()
 
@@ -125,7 +129,9 @@ def make_sets(root: Path, arguments: argparse.Namespace) -> dict[str, str]:
     return {"loose": loose, "packed": str(root / "packed")}
 
 
-def ours(root: Path, manifest: str, architecture: str, decode: str, arguments: argparse.Namespace) -> Figures:
+def ours(
+    root: Path, manifest: str, architecture: str, decode: str, actors_per_gpu: int, arguments: argparse.Namespace
+) -> Figures:
     """What jobs.benchmark tells, and the GPUs' use meanwhile."""
     flags = {
         "manifest": manifest,
@@ -134,6 +140,7 @@ def ours(root: Path, manifest: str, architecture: str, decode: str, arguments: a
         "output": str(root / "scratch"),
         "num_images": str(arguments.num_images),
         "compute.decode": decode,
+        "compute.actors_per_gpu": str(actors_per_gpu),
         "measure_again": "false",
         "compute.compile": "always",
         "compute.agreement.min_top1": _ANY_LABEL,
@@ -154,7 +161,8 @@ def ours(root: Path, manifest: str, architecture: str, decode: str, arguments: a
     if seen is None:
         return figures
     use, watts = seen
-    joules = round(watts * ran.summary["layout"]["num_actors"] / verdict["images_per_s"], 4)
+    layout = ran.summary["layout"]
+    joules = round(watts * layout["num_actors"] * layout["gpus_per_actor"] / verdict["images_per_s"], 4)
     return {**figures, "gpu_use_percent": round(use), "watts": round(watts), "joules_per_image": joules}
 
 

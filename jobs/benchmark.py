@@ -102,7 +102,7 @@ def measure_stages(
     run: Run, layout: Layout, nodes: Sequence[Node], shards: Sequence[Shard]
 ) -> dict[Stage, list[list[Timed]]]:
     """Each stage alone, by as many processes at once as do it in the run, of the same resources."""
-    actor = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
+    actor: dict[str, float] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
     if layout.form == "fused" and layout.device == "cpu":
         return _measure(run, shards, layout.num_actors, actor, STAGES)
     num_cpus = pools_of(layout, nodes)[0].size
@@ -114,7 +114,7 @@ def measure_stages(
 
 
 def _measure(
-    run: Run, shards: Sequence[Shard], num_processes: int, resources: dict[str, int], stages: Sequence[Stage]
+    run: Run, shards: Sequence[Shard], num_processes: int, resources: dict[str, float], stages: Sequence[Stage]
 ) -> dict[Stage, list[list[Timed]]]:
     """A round of `stages`, one after the other: for each, what every process took of those that did it at once."""
     import ray

@@ -146,7 +146,7 @@ def pools_of(layout: Layout, nodes: Sequence[Node]) -> list[Pool]:
     if layout.device == "cuda":
         on_cpus = tuple(stage for stage in STAGES if stage not in layout.stages_on_gpu)
         pool = Pool("CPU", cpus if layout.form == "split" else actors, on_cpus)
-        return [pool, Pool("GPU", layout.num_actors * layout.gpus_per_actor, layout.stages_on_gpu)]
+        return [pool, Pool("GPU", layout.num_gpus, layout.stages_on_gpu)]
     if layout.form == "split":
         return [Pool("CPU", cpus - actors, ("fetch", "decode")), Pool("CPU", actors, ("predict", "write"))]
     return [Pool("CPU", actors, STAGES)]
@@ -156,24 +156,25 @@ def observed_costs(observed: Observed, layout: Layout) -> StageCosts:
     """What an image cost in a run, by its receipts; `fetch` is the waiting for bytes, which holds up its CPUs.
 
     Decoding on CPUs is told in their seconds; all else in those of the wall, so a store's answer to a write counts in
-    full.
+    full, and what a GPU does in an actor's share of it.
     """
     held = layout.cpus_per_actor if layout.form == "fused" else 1
-    of_actor = layout.cpus_per_actor if layout.device == "cpu" else 1
-    each = {stage: observed.seconds[stage] / observed.num_images for stage in STAGES}
-    return StageCosts(each["fetch"] * held, each["decode"], each["predict"] * of_actor, each["write"] * held)
+    factors: dict[Stage, float] = {"fetch": held, "decode": 1, "predict": layout.cpus_per_actor, "write": held}
+    factors |= dict.fromkeys(layout.stages_on_gpu, layout.gpu_share)
+    each = {stage: factors[stage] * observed.seconds[stage] / observed.num_images for stage in STAGES}
+    return StageCosts(each["fetch"], each["decode"], each["predict"], each["write"])
 
 
 def measured_costs(timed: Mapping[Stage, Rounds], layout: Layout) -> StageCosts:
     """What an image costs by stages that were timed alone.
 
     Of CPUs it is the seconds that were used, so that neither waiting for a store counts, whose rate is a limit of its
-    own, nor what else the machine does meanwhile; of GPUs it is the wall's.
+    own, nor what else the machine does meanwhile; of GPUs it is the wall's, shared by the actors that share the GPU.
     """
 
     def seconds(stage: Stage) -> float:
-        parts = list(chain.from_iterable(timed[stage]))
-        spent = sum(part.wall_s if stage in layout.stages_on_gpu else part.cpu_s for part in parts)
+        parts, is_on_gpu = list(chain.from_iterable(timed[stage])), stage in layout.stages_on_gpu
+        spent = sum(part.wall_s * layout.gpu_share if is_on_gpu else part.cpu_s for part in parts)
         return spent / sum(part.num_images for part in parts)
 
     rates: dict[Stage, float] = {"fetch": rate_of(timed["fetch"]), "write": rate_of(timed["write"])}

@@ -73,9 +73,12 @@ class ComputeConfig(Section):
     """Images per forward pass; unset: 16 on CPUs, 256 on GPUs. A resumed run keeps the one it began with."""
     actors: int | None = Field(None, ge=1)
     """Number of actors; unset: as many as fit."""
+    actors_per_gpu: int = Field(1, ge=1, le=16)
+    """Actors that share a GPU, at most, each with networks and batches of its own in its memory. More than 1 where one
+    process cannot feed it: that fetches and decodes, by the GPU, some 4,000 images a second."""
     cpus_per_actor: int | None = Field(None, ge=1)
-    """CPUs of one actor; unset: 1, or up to 4 where there are fewer shards than CPUs; on GPUs the CPUs there are to a
-    GPU, or none in the split form."""
+    """CPUs of one actor; unset: 1, or up to 4 where there are fewer shards than CPUs; on GPUs its part of the CPUs
+    there are to a GPU, or none in the split form."""
 
     @model_validator(mode="after")
     def _integers_are_compiled(self) -> "ComputeConfig":

@@ -173,7 +173,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
 def compile_first(plan: Plan, layout: Layout) -> None:
     """Compile the run's networks in a task of an actor's size. Raises RunError where they must be and cannot be."""
     print("compiling the networks, once for this kind of device", file=sys.stderr, flush=True)
-    options = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
+    options: dict[str, Any] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
     try:
         ray.get(ray.remote(networks.decide).options(**options).remote(plan.run, plan.manifest))
     except ray.exceptions.RayError as error:

@@ -1,5 +1,6 @@
 """From a cluster's resources to actors: their number, size and the graph's form."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -22,8 +23,18 @@ class Layout:
     device: Device
     num_actors: int
     cpus_per_actor: int
-    gpus_per_actor: int
+    gpus_per_actor: float  # a part of one where several actors share it
     decode: Literal["cpu", "gpu"] = "cpu"
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs in use."""
+        return math.ceil(self.num_actors * self.gpus_per_actor)
+
+    @property
+    def gpu_share(self) -> float:
+        """Of a second that an actor has to do with its GPU, what is the GPU's: the others that share it have theirs."""
+        return self.num_gpus / self.num_actors
 
     @property
     def can_decode_on_gpus(self) -> bool:
@@ -61,7 +72,8 @@ def _on_cpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> 
     fitting = sum(node.cpus // size for node in nodes)
     if form == "split":
         fitting = _leaving_one_cpu(fitting, size, total)
-    return Layout(form, "cpu", _num_actors(fitting, compute, num_shards, f"{size} CPUs each", nodes), size, 0)
+    num_actors = _num_actors(fitting, compute, num_shards, f"{size} CPUs each", nodes)
+    return Layout(form, "cpu", num_actors, size, gpus_per_actor=0)
 
 
 def _cpus_to_a_shard(nodes: Sequence[Node], total: int, num_shards: int) -> int:
@@ -72,20 +84,23 @@ def _cpus_to_a_shard(nodes: Sequence[Node], total: int, num_shards: int) -> int:
 
 def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    form = compute.form
+    form, to_a_gpu = compute.form, compute.actors_per_gpu
     if form == "auto":
         form = "split" if cpus >= 2 * gpus and compute.decode != "gpu" else "fused"
     # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
-    share = 0 if form == "split" else max(1, min(node.cpus // node.gpus for node in nodes if node.gpus))
+    share = 0 if form == "split" else max(1, min(node.cpus // (node.gpus * to_a_gpu) for node in nodes if node.gpus))
     size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
-    fitting = sum(min(node.gpus, node.cpus // size if size else node.gpus) for node in nodes)
+    places = [node.gpus * to_a_gpu for node in nodes]
+    fitting = sum(min(there, node.cpus // size if size else there) for node, there in zip(nodes, places, strict=True))
     if form == "split":
         fitting = _leaving_one_cpu(fitting, size, cpus)
     decode = compute.decode
     if decode == "auto":
-        decode = "gpu" if form == "fused" and size < 2 else "cpu"  # one CPU decodes a fraction of what any GPU predicts
-    num_actors = _num_actors(fitting, compute, num_shards, f"1 GPU and {size} CPUs each", nodes)
-    return Layout(form, "cuda", num_actors, size, 1, decode)
+        has_too_few = size * to_a_gpu < 2  # one CPU decodes a fraction of what any GPU predicts
+        decode = "gpu" if form == "fused" and has_too_few else "cpu"
+    part = "1 GPU" if to_a_gpu == 1 else f"1/{to_a_gpu} GPU"
+    num_actors = _num_actors(fitting, compute, num_shards, f"{part} and {size} CPUs each", nodes)
+    return Layout(form, "cuda", num_actors, size, 1 / to_a_gpu, decode)
 
 
 def _leaving_one_cpu(fitting: int, size: int, cpus: int) -> int:

@@ -15,6 +15,7 @@ from pipeline.inference.bound import (
     judge,
     judge_run,
     measured_costs,
+    observed_costs,
     pools_of,
     rate_of,
 )
@@ -57,6 +58,19 @@ def test_gpus_that_decode_pay_for_it_with_their_own_time():
     part = [[Timed(num_images=10, wall_s=2.0, cpu_s=1.0)]]
     measured = measured_costs(dict.fromkeys(STAGES, part), layout)
     assert (measured.fetch, measured.decode, measured.predict, measured.write) == (0.1, 0.2, 0.2, 0.1)
+
+
+def test_actors_that_share_a_gpu_are_not_counted_as_several():
+    layout = replace(FUSED, device="cuda", num_actors=4, gpus_per_actor=0.5, decode="gpu")
+    part = Timed(num_images=10, wall_s=2.0, cpu_s=1.0)
+    measured = measured_costs({stage: [[part] * 4] for stage in STAGES}, layout)
+    assert (measured.decode, measured.predict) == (0.1, 0.1)
+    verdict = judge(measured, pools_of(layout, [Node(cpus=4, gpus=2)]), images_per_s=8.0)
+    assert verdict.bound_images_per_s == pytest.approx(10)  # as it did, of images that wait for both stages
+    spent = {"decode": 5.0, "predict": 5.0, "write": 0.1}
+    run = observed(*(receipt(index, 0, 10.1, **spent) for index in range(4)))
+    seen = observed_costs(run, layout)
+    assert (seen.decode, seen.predict, seen.write) == (0.025, 0.025, 0.001)
 
 
 def test_too_few_cpus_beside_gpus_are_counted_per_gpu():

@@ -73,6 +73,47 @@ def test_decoding_on_gpus_that_have_cpus_is_had_for_the_asking_in_the_fused_form
     assert (layout.form, layout.decode, layout.stages_on_gpu) == ("fused", "gpu", ("decode", "predict"))
 
 
+def test_actors_that_share_a_gpu_share_its_cpus_too():
+    shared = ComputeConfig(decode="gpu", actors_per_gpu=4)
+    layout = choose_layout([Node(cpus=16, gpus=2)], shared, num_shards=100)
+    assert (layout.num_actors, layout.cpus_per_actor, layout.gpus_per_actor) == (8, 2, 0.25)
+    assert (layout.num_gpus, layout.gpu_share) == (2, 0.25)
+    alone = choose_layout([Node(cpus=16, gpus=2)], shared, num_shards=1)
+    assert (alone.num_actors, alone.num_gpus, alone.gpu_share) == (1, 1, 1.0)
+
+
+def test_no_more_actors_share_a_gpu_than_have_a_cpu():
+    layout = choose_layout([Node(cpus=3, gpus=1)], ComputeConfig(form="fused", actors_per_gpu=4), num_shards=100)
+    assert (layout.num_actors, layout.cpus_per_actor, layout.decode) == (3, 1, "cpu")
+
+
+def test_actors_that_tasks_decode_for_share_a_gpu_too():
+    layout = choose_layout([Node(cpus=8, gpus=1)], ComputeConfig(actors_per_gpu=2), num_shards=100)
+    assert (layout.form, layout.num_actors, layout.cpus_per_actor, layout.gpus_per_actor) == ("split", 2, 0, 0.5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6),
+    st.integers(1, 8),
+    st.sampled_from(["auto", "fused", "split"]),
+    st.integers(1, 1000),
+)
+def test_a_gpu_layout_that_is_given_fits_the_cluster(counts, actors_per_gpu, form, num_shards):
+    nodes = [Node(cpus, gpus) for cpus, gpus in counts]
+    compute = ComputeConfig(form=form, actors_per_gpu=actors_per_gpu)
+    try:
+        layout = choose_layout(nodes, compute, num_shards)
+    except ConfigError:
+        return
+    if layout.device == "cpu":
+        return
+    size = layout.cpus_per_actor
+    places = (min(gpus * actors_per_gpu, cpus // size if size else gpus * actors_per_gpu) for cpus, gpus in counts)
+    assert layout.num_actors <= sum(places)
+    assert layout.num_gpus <= sum(gpus for _, gpus in counts)
+    assert 0 < layout.gpu_share <= 1
+
+
 @pytest.mark.parametrize(
     ("node", "compute"),
     [
