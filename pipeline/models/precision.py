@@ -3,6 +3,7 @@
 Torch is not needed to say it, only to do it.
 """
 
+import logging
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from pipeline.config import Section
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 FloatPrecision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Precision: TypeAlias = FloatPrecision | Literal["int8"]
@@ -37,9 +40,18 @@ def dtype_of(precision: Precision) -> "torch.dtype":
 
 
 def autocast_type(precision: AskedFloatPrecision, device: "torch.device") -> "torch.dtype | None":
-    """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it."""
+    """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it.
+
+    Warns of bfloat16 on a device that emulates it, where it is slower than float32.
+    """
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
+    elif precision == "bfloat16" and not has_fast_bfloat16(device):
+        logger.warning(
+            "bfloat16 was asked for, but this %s has no instructions for it and emulates it, slower than float32, some "
+            "by tens of times: set the precision to auto or float32, or use other nodes",
+            "GPU" if device.type == "cuda" else "CPU",
+        )
     return None if precision == "float32" else dtype_of(precision)
 
 
