@@ -194,7 +194,7 @@ def _unlike_default(config: PredictConfig) -> list[Any]:
     default, compute = ComputeConfig(), config.compute
     names = ("precision", "compile", "decode")
     fields: list[tuple[Any, Any]] = [(getattr(compute, name), getattr(default, name)) for name in names]
-    fields += [(compute.agreement.model_dump(), default.agreement.model_dump()), (config.images.reduced_decode, False)]
+    fields += [(compute.agreement.model_dump(), default.agreement.model_dump()), (config.images.reduced_decode, None)]
     return [value for value, usual in fields if value != usual]
 
 

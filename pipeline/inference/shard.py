@@ -29,8 +29,6 @@ from pipeline.inference.plan import Run
 from pipeline.inference.predictor import Predictor
 from pipeline.tables.writing import write_shard
 
-_REDUCED_TO = 2  # times what is resized to: closer, and the resizing has little left to average over
-
 
 def load_shard(
     run: Run,
@@ -122,9 +120,9 @@ def decode_batches(
 
 
 def _shrink_to(run: Run, preprocessings: Sequence[Preprocessing]) -> int | None:
-    if not run.images.reduced_decode:
+    if run.images.reduced_decode is None:
         return None
-    return _REDUCED_TO * max(preprocessing.resize_size for preprocessing in preprocessings)
+    return run.images.reduced_decode * max(preprocessing.resize_size for preprocessing in preprocessings)
 
 
 @dataclass(frozen=True, slots=True)

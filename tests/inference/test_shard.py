@@ -1,5 +1,6 @@
 """One shard from bytes to table files, without Ray."""
 
+import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline import storage
 from pipeline.data import nvjpeg
@@ -20,7 +22,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
 from pipeline.inference.commit import Receipt, read_receipts
 from pipeline.inference.predictor import Predictor, distinct_preprocessings
-from pipeline.inference.shard import DecodedShard, load_shard, predict_shard
+from pipeline.inference.shard import DecodedShard, decode_batches, load_shard, predict_shard
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.tables import open_table
 from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
@@ -126,6 +128,19 @@ def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
     for before, after in zip(streamed, handed_over.batches(3), strict=True):
         assert before.rows == after.rows
         assert all(torch.equal(a, b) for a, b in zip(before.pixels, after.pixels, strict=True))
+
+
+@pytest.mark.parametrize(("reduced_decode", "shrink_to"), [(None, None), (2, 64), (4, 128)])
+def test_large_jpegs_are_reduced_as_far_as_the_config_says(world, reduced_decode, shrink_to):
+    run = plan_of(world, run_id=f"reduced-{reduced_decode}", images={"reduced_decode": reduced_decode}).run
+    file = io.BytesIO()
+    Image.effect_noise((400, 300), 60).convert("RGB").save(file, "JPEG")
+    preprocessing = Preprocessing(resize_size=32, crop_size=32)
+    options = {"num_threads": 1, "isolated": False, "log": LoadLog()}
+    [batch] = decode_batches(run, [file.getvalue()], [preprocessing], **options)
+    decoded = decode(file.getvalue(), max_pixels=10**6, shrink_to=shrink_to)
+    assert decoded.shape[1] == {None: 300, 64: 75, 128: 150}[shrink_to]
+    assert torch.equal(batch.pixels[0][0], preprocessing.apply(decoded))
 
 
 def test_where_gpus_decode_a_shard_is_theirs_unless_its_process_died(world, monkeypatch):
