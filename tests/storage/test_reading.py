@@ -1,5 +1,6 @@
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_ranges_are_half_open(root: str) -> None:
         assert storage.read(uri, 7) == b"789"
         assert storage.read(uri, None, 3) == b"012"
         assert storage.read(uri, 8, 20) == b"89"
+
+
+def test_a_file_that_comes_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.bin").write_bytes(b"0123456789")
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, start: read(descriptor, min(size, 3), start))
+    uri = f"file://{tmp_path}/large.bin"
+    assert (storage.read(uri), storage.read(uri, 2, 7), storage.read(uri, 8, 20)) == (b"0123456789", b"23456", b"89")
 
 
 def test_an_open_file_seeks_and_reads_as_a_local_one_does(root: str) -> None:
