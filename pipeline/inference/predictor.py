@@ -85,7 +85,8 @@ class Predictor:
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
-        if run.decode == "gpu":
+        self._is_decoding = run.decode == "gpu"
+        if self._is_decoding:
             nvjpeg.require(self._device, self.preprocessings)
         choices = networks.decide(run, manifest)
         self.computed_in = json.dumps({name: str(choice) for name, choice in choices.items()})
@@ -98,7 +99,9 @@ class Predictor:
     @property
     def software(self) -> str:
         """Versions of what computes the tables, as JSON, for their lineage."""
-        packages = ("image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow")
+        packages = ["image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow"]
+        if self._is_decoding:
+            packages.append("triton")
         return json.dumps({package: version(package) for package in packages})
 
     @property

@@ -1,6 +1,7 @@
 """One shard from bytes to table files, without Ray."""
 
 import io
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -111,6 +112,14 @@ def test_lineage_names_bundles_preprocessing_manifest_and_software(world):
     metadata = open_table(storage.join(run.output_uri, "predictions"), "lineage").schema.metadata
     assert set(metadata) >= {b"manifest_digest", b"models", b"preprocessing", b"embedding_size", b"software"}
     assert run.models[0].digest in metadata[b"models"].decode()
+
+
+@pytest.mark.parametrize(("decode", "has_triton"), [("cpu", False), ("gpu", True)])
+def test_lineage_names_what_resizes_on_gpus_where_it_does(world, monkeypatch, decode, has_triton):
+    monkeypatch.setattr(nvjpeg, "require", lambda *args: None)
+    plan = plan_of(world)
+    predictor = Predictor(plan.run.model_copy(update={"decode": decode}), plan.manifest)
+    assert ("triton" in json.loads(predictor.software)) == has_triton
 
 
 def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
