@@ -90,7 +90,9 @@ def compare_networks(data: Path, photos: list[bytes], num_images: int, folder: P
     """Of each network and set of images: percent wrong, where classes are known, and of the best classes the same."""
     bundles = {model: import_bundle(data, model, folder) for model in EXPECTED_ERRORS}
     preprocessing = Bundle.load(bundles["cifar-resnet20/1"]).preprocessing
-    tests = list(islice(members(data / "cifar10-jpeg.tar.gz", "cifar10-jpeg/test/"), 0, None, 10_000 // num_images))
+    tests = list(
+        islice(members(data / "cifar10-jpeg.tar.gz", "cifar10-jpeg/test/"), 0, None, max(1, 10_000 // num_images))
+    )
     labels = [name.partition("/")[0] for name, _ in tests]
     truth = torch.tensor([sorted(set(labels)).index(label) for label in labels])
     sets = {

@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.inference.config import ComputeConfig
 
 Stage: TypeAlias = Literal["fetch", "decode", "predict", "write"]
+Form: TypeAlias = Literal["fused", "split"]
 STAGES: tuple[Stage, ...] = ("fetch", "decode", "predict", "write")
 
 _MOST_CPUS_PER_ACTOR = 4  # a forward pass scales little beyond
@@ -19,7 +20,7 @@ _MOST_CPUS_PER_ACTOR = 4  # a forward pass scales little beyond
 class Layout:
     """How a run spreads over the cluster."""
 
-    form: Literal["fused", "split"]
+    form: Form
     device: Device
     num_actors: int
     cpus_per_actor: int
@@ -33,7 +34,7 @@ class Layout:
 
     @property
     def gpu_share(self) -> float:
-        """Of a second that an actor has to do with its GPU, what is the GPU's: the others that share it have theirs."""
+        """How much of a second that an actor spends on its GPU is to be counted: the GPU serves others meanwhile."""
         return self.num_gpus / self.num_actors
 
     @property
@@ -84,23 +85,49 @@ def _cpus_to_a_shard(nodes: Sequence[Node], total: int, num_shards: int) -> int:
 
 def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> Layout:
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    form, to_a_gpu = compute.form, compute.actors_per_gpu
+    form = compute.form
     if form == "auto":
         form = "split" if cpus >= 2 * gpus and compute.decode != "gpu" else "fused"
-    # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
-    share = 0 if form == "split" else max(1, min(node.cpus // (node.gpus * to_a_gpu) for node in nodes if node.gpus))
-    size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
-    places = [node.gpus * to_a_gpu for node in nodes]
-    fitting = sum(min(there, node.cpus // size if size else there) for node, there in zip(nodes, places, strict=True))
-    if form == "split":
-        fitting = _leaving_one_cpu(fitting, size, cpus)
+    sharers = _sharers_of_a_gpu(nodes, compute, form, num_shards)
+    size, fitting = _fitting_on_gpus(nodes, compute, form, sharers)
     decode = compute.decode
     if decode == "auto":
-        has_too_few = size * to_a_gpu < 2  # one CPU decodes a fraction of what any GPU predicts
+        cpus_to_a_gpu = min(_cpus_to_an_actor(nodes, 1), (compute.cpus_per_actor or cpus) * compute.actors_per_gpu)
+        has_too_few = cpus_to_a_gpu < 2  # one CPU decodes a fraction of what any GPU predicts
         decode = "gpu" if form == "fused" and has_too_few else "cpu"
-    part = "1 GPU" if to_a_gpu == 1 else f"1/{to_a_gpu} GPU"
+    part = "1 GPU" if sharers == 1 else f"1/{sharers} GPU"
     num_actors = _num_actors(fitting, compute, num_shards, f"{part} and {size} CPUs each", nodes)
-    return Layout(form, "cuda", num_actors, size, 1 / to_a_gpu, decode)
+    return Layout(form, "cuda", num_actors, size, 1 / sharers, decode)
+
+
+def _sharers_of_a_gpu(nodes: Sequence[Node], compute: ComputeConfig, form: Form, num_shards: int) -> int:
+    """The fewest actors to a GPU with which the most GPUs, and then the most actors, have work.
+
+    Ray fills one GPU before it begins the next: where there are more places than actors, GPUs are idle.
+    """
+
+    def work(sharers: int) -> tuple[bool, int, int]:
+        _, fitting = _fitting_on_gpus(nodes, compute, form, sharers)
+        num_actors = min(fitting, num_shards, compute.actors or fitting)
+        return fitting >= (compute.actors or 1), math.ceil(num_actors / sharers), num_actors
+
+    return max(range(1, compute.actors_per_gpu + 1), key=work)  # the first of equals
+
+
+def _fitting_on_gpus(nodes: Sequence[Node], compute: ComputeConfig, form: Form, sharers: int) -> tuple[int, int]:
+    """An actor's CPUs, and how many actors fit, `sharers` of them to a GPU."""
+    # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
+    share = 0 if form == "split" else _cpus_to_an_actor(nodes, sharers)
+    size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
+    places = [node.gpus * sharers for node in nodes]
+    fitting = sum(min(there, node.cpus // size if size else there) for node, there in zip(nodes, places, strict=True))
+    if form == "split":
+        fitting = _leaving_one_cpu(fitting, size, sum(node.cpus for node in nodes))
+    return size, fitting
+
+
+def _cpus_to_an_actor(nodes: Sequence[Node], sharers: int) -> int:
+    return max(1, min(node.cpus // (node.gpus * sharers) for node in nodes if node.gpus))
 
 
 def _leaving_one_cpu(fitting: int, size: int, cpus: int) -> int:
@@ -114,6 +141,7 @@ def _num_actors(fitting: int, compute: ComputeConfig, num_shards: int, each: str
         there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
         raise ConfigError(
             f"compute: {wanted} actors of {each} do not fit this cluster, {fitting} do (nodes: {there}); "
-            "lower compute.actors or compute.cpus_per_actor, use compute.form fused, or add nodes"
+            "lower compute.actors or compute.cpus_per_actor, raise compute.actors_per_gpu where there are GPUs, use "
+            "compute.form fused, or add nodes"
         )
     return max(1, min(compute.actors or fitting, num_shards))

@@ -79,6 +79,7 @@ class Run(BaseModel):
             "preprocessing": json.dumps({model.name: model.preprocessing_digest for model in self.models}),
             "embedding_size": json.dumps({model.name: model.embedding_size for model in self.models}),
             **({"decoded_on": "gpu"} if self.decode == "gpu" else {}),
+            **({"reduced_decode": str(self.images.reduced_decode)} if self.images.reduced_decode else {}),
         }
 
 

@@ -85,8 +85,8 @@ class Predictor:
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
-        self._is_decoding = run.decode == "gpu"
-        if self._is_decoding:
+        self._decodes_on_gpu = run.decode == "gpu"
+        if self._decodes_on_gpu:
             nvjpeg.require(self._device, self.preprocessings)
         choices = networks.decide(run, manifest)
         self.computed_in = json.dumps({name: str(choice) for name, choice in choices.items()})
@@ -99,10 +99,13 @@ class Predictor:
     @property
     def software(self) -> str:
         """Versions of what computes the tables, as JSON, for their lineage."""
-        packages = ["image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow"]
-        if self._is_decoding:
-            packages.append("triton")
-        return json.dumps({package: version(package) for package in packages})
+        packages = ("image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow")
+        versions = {package: version(package) for package in packages}
+        if self._decodes_on_gpu:
+            import triton
+
+            versions["triton"] = triton.__version__
+        return json.dumps(versions)
 
     @property
     def uses_pinned_memory(self) -> bool:

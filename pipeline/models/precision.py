@@ -4,6 +4,7 @@ Torch is not needed to say it, only to do it.
 """
 
 import logging
+from functools import cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
@@ -40,18 +41,10 @@ def dtype_of(precision: Precision) -> "torch.dtype":
 
 
 def autocast_type(precision: AskedFloatPrecision, device: "torch.device") -> "torch.dtype | None":
-    """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it.
-
-    Warns of bfloat16 on a device that emulates it, where it is slower than float32.
-    """
+    """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
-    elif precision == "bfloat16" and not has_fast_bfloat16(device):
-        logger.warning(
-            "bfloat16 was asked for, but this %s has no instructions for it and emulates it, slower than float32, some "
-            "by tens of times: set the precision to auto or float32, or use other nodes",
-            "GPU" if device.type == "cuda" else "CPU",
-        )
+    _warn_if_emulated(precision, device)
     return None if precision == "float32" else dtype_of(precision)
 
 
@@ -67,8 +60,19 @@ def has_fast_bfloat16(device: "torch.device") -> bool:
 def precisions(asked: AskedPrecision, device: "torch.device") -> list[Precision]:
     """What a compiled network may compute in on `device`, the fastest first."""
     if asked != "auto":
+        _warn_if_emulated(asked, device)
         return [asked]
     return ["bfloat16", "float32"] if has_fast_bfloat16(device) else ["float32"]
+
+
+@cache  # once in a process
+def _warn_if_emulated(precision: Precision, device: "torch.device") -> None:
+    if precision == "bfloat16" and not has_fast_bfloat16(device):
+        logger.warning(
+            "bfloat16 was asked for, but this %s is not known to have instructions for it: emulated, it is slower than "
+            "float32, on some by tens of times. Set the precision to auto or float32, or use other nodes",
+            "GPU" if device.type == "cuda" else "CPU",
+        )
 
 
 def compute_repeatably() -> None:

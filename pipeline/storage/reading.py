@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import sys
 from contextlib import suppress
 from typing import IO, Any, TypeAlias
 
@@ -14,6 +15,7 @@ from pipeline.storage.names import split
 from pipeline.storage.objects import ObjectInfo, StoredObject, clean_etag, file_etag
 from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
 
+_UNTOLD_BYTES = 1 << 20
 _Found: TypeAlias = tuple[bytes | obstore.Bytes, str | None]
 """What an object holds, and the etag it was read under."""
 
@@ -124,14 +126,16 @@ def _read_file(path: str, start: int | None, end: int | None) -> _Found:
     descriptor = os.open(path, os.O_RDONLY)  # not `open`: at each of its dozen system calls threads queue to go on
     try:
         status = os.fstat(descriptor)
-        return _read_range(descriptor, start or 0, status.st_size if end is None else end), file_etag(status)
+        whole = status.st_size or sys.maxsize  # 0 is also that of files that tell none, as those of /proc
+        at_once = status.st_size or _UNTOLD_BYTES
+        return _read_range(descriptor, start or 0, whole if end is None else end, at_once), file_etag(status)
     finally:
         os.close(descriptor)
 
 
-def _read_range(descriptor: int, start: int, end: int) -> bytes:
+def _read_range(descriptor: int, start: int, end: int, at_once: int) -> bytes:
     parts = []
-    while start < end and (part := os.pread(descriptor, end - start, start)):  # which gives 2 GB at the most
+    while start < end and (part := os.pread(descriptor, min(end - start, at_once), start)):
         parts.append(part)
         start += len(part)
     return b"".join(parts)

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -82,9 +82,29 @@ def test_actors_that_share_a_gpu_share_its_cpus_too():
     assert (alone.num_actors, alone.num_gpus, alone.gpu_share) == (1, 1, 1.0)
 
 
-def test_no_more_actors_share_a_gpu_than_have_a_cpu():
-    layout = choose_layout([Node(cpus=3, gpus=1)], ComputeConfig(form="fused", actors_per_gpu=4), num_shards=100)
-    assert (layout.num_actors, layout.cpus_per_actor, layout.decode) == (3, 1, "cpu")
+@pytest.mark.parametrize(
+    ("node", "fields", "num_shards", "expected"),
+    [
+        (Node(cpus=16, gpus=8), {}, 100, (16, 0.5)),  # CPUs for two actors to each
+        (Node(cpus=8, gpus=8), {}, 100, (8, 1)),
+        (Node(cpus=9, gpus=8), {}, 100, (8, 1)),  # nine would lie on five
+        (Node(cpus=16, gpus=2), {"actors": 2}, 100, (2, 1)),
+        (Node(cpus=16, gpus=2), {}, 2, (2, 1)),
+        (Node(cpus=16, gpus=2), {"actors": 3}, 100, (3, 0.5)),
+    ],
+)
+def test_gpus_are_shared_only_where_none_is_idle_for_it(node, fields, num_shards, expected):
+    layout = choose_layout([node], ComputeConfig(decode="gpu", actors_per_gpu=4, **fields), num_shards)
+    assert (layout.num_actors, layout.gpus_per_actor) == expected
+
+
+@pytest.mark.parametrize("actors_per_gpu", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("node", "decode"), [(Node(1, 1), "gpu"), (Node(3, 2), "gpu"), (Node(8, 8), "gpu"), (Node(4, 2), "cpu")]
+)
+def test_where_images_are_decoded_does_not_depend_on_how_many_share_a_gpu(node, decode, actors_per_gpu):
+    compute = ComputeConfig(form="fused", actors_per_gpu=actors_per_gpu)
+    assert choose_layout([node], compute, num_shards=100).decode == decode
 
 
 def test_actors_that_tasks_decode_for_share_a_gpu_too():
@@ -98,20 +118,21 @@ def test_actors_that_tasks_decode_for_share_a_gpu_too():
     st.sampled_from(["auto", "fused", "split"]),
     st.integers(1, 1000),
 )
-def test_a_gpu_layout_that_is_given_fits_the_cluster(counts, actors_per_gpu, form, num_shards):
+def test_sharing_gpus_fits_the_cluster_and_leaves_none_idle(counts, actors_per_gpu, form, num_shards):
     nodes = [Node(cpus, gpus) for cpus, gpus in counts]
-    compute = ComputeConfig(form=form, actors_per_gpu=actors_per_gpu)
+    assume(any(node.gpus for node in nodes))
     try:
-        layout = choose_layout(nodes, compute, num_shards)
+        alone = choose_layout(nodes, ComputeConfig(form=form), num_shards)
     except ConfigError:
         return
-    if layout.device == "cpu":
-        return
-    size = layout.cpus_per_actor
-    places = (min(gpus * actors_per_gpu, cpus // size if size else gpus * actors_per_gpu) for cpus, gpus in counts)
-    assert layout.num_actors <= sum(places)
-    assert layout.num_gpus <= sum(gpus for _, gpus in counts)
+    layout = choose_layout(nodes, ComputeConfig(form=form, actors_per_gpu=actors_per_gpu), num_shards)
+    size, sharers = layout.cpus_per_actor, round(1 / layout.gpus_per_actor)
+    places = (min(gpus * sharers, cpus // size if size else gpus * sharers) for cpus, gpus in counts)
+    assert sharers <= actors_per_gpu
+    assert alone.num_actors <= layout.num_actors <= sum(places)
+    assert alone.num_gpus <= layout.num_gpus <= sum(gpus for _, gpus in counts)
     assert 0 < layout.gpu_share <= 1
+    assert layout.decode == alone.decode
 
 
 @pytest.mark.parametrize(

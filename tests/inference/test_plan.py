@@ -123,6 +123,24 @@ def test_a_run_is_read_back_as_it_was_recorded(world):
     assert storage.exists(storage.join(run.uri, "config.yaml"))
 
 
+@pytest.mark.parametrize(("flag", "times"), [(False, None), (True, 2)])
+def test_a_run_planned_when_reducing_was_a_flag_can_be_gone_on_with(world, flag, times):
+    fields = {"run_id": f"flag-{flag}", "images": {"reduced_decode": times}}
+    run = record(world, **fields)
+    plan_uri = storage.join(run.uri, "plan.json")
+    recorded = json.loads(storage.read(plan_uri))
+    recorded["images"]["reduced_decode"] = flag
+    storage.write(plan_uri, json.dumps(recorded).encode())
+    assert read_run(run.output_uri, run.run_id) == run
+    assert plan_of(world, **fields).run == run
+
+
+def test_how_far_images_were_reduced_stands_in_the_lineage_where_they_were(world):
+    whole, reduced = (plan_of(world, images={"reduced_decode": times}).run for times in (None, 4))
+    assert "reduced_decode" not in whole.lineage
+    assert reduced.lineage["reduced_decode"] == "4"
+
+
 def test_an_unknown_run_is_told_with_those_there_are(world):
     run = record(world, run_id="known")
     with pytest.raises(ConfigError, match=r"expected run .unknown.*known"):

@@ -1,17 +1,37 @@
+from functools import partial
+
 import pytest
 import torch
 
-from pipeline.models.precision import autocast_type
+from pipeline.models import precision as precision_module
+from pipeline.models.precision import autocast_type, precisions
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("has_it", "warnings"), [(True, 0), (False, 1)])
-def test_bfloat16_that_a_device_emulates_is_warned_of(monkeypatch, caplog, has_it, warnings):
-    monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: has_it)
+@pytest.fixture(autouse=True)
+def as_in_a_new_process():
+    precision_module._warn_if_emulated.cache_clear()
+    yield
+    precision_module._warn_if_emulated.cache_clear()
+
+
+@pytest.mark.parametrize("choose", [partial(autocast_type, "bfloat16"), partial(precisions, "bfloat16")])
+@pytest.mark.parametrize(("device", "name"), [("cpu", "CPU"), ("cuda", "GPU")])
+def test_bfloat16_that_a_device_emulates_is_warned_of_once(monkeypatch, caplog, choose, device, name):
+    monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: False)
+    for _ in range(2):
+        assert choose(torch.device(device)) in (torch.bfloat16, ["bfloat16"])
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"this {name} is not known to have instructions for it" in record.message
+    assert "Set the precision to auto or float32" in record.message
+
+
+def test_bfloat16_that_a_device_has_is_not(monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: True)
     assert autocast_type("bfloat16", CPU) == torch.bfloat16
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
-    assert all("set the precision to auto or float32" in record.message for record in caplog.records)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])

@@ -38,6 +38,33 @@ def test_a_file_that_comes_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest
     assert (storage.read(uri), storage.read(uri, 2, 7), storage.read(uri, 8, 20)) == (b"0123456789", b"23456", b"89")
 
 
+def test_ranges_that_hold_nothing_are_empty_and_negative_ones_refused(tmp_path: Path) -> None:
+    (tmp_path / "ten.bin").write_bytes(b"0123456789")
+    uri = f"file://{tmp_path}/ten.bin"
+    assert (storage.read(uri, 10), storage.read(uri, 20, 30), storage.read(uri, 5, 2)) == (b"", b"", b"")
+    with pytest.raises(StorageError):
+        storage.read(uri, -3)
+
+
+def test_a_file_that_shrinks_while_it_is_read_ends_where_it_ends(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "ten.bin").write_bytes(b"0123456789")
+    read = os.pread
+
+    def shrinking(descriptor: int, size: int, start: int) -> bytes:
+        os.truncate(tmp_path / "ten.bin", 4)
+        return read(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", shrinking)
+    assert storage.read(f"file://{tmp_path}/ten.bin") == b"0123"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs a file that tells no size")
+def test_a_file_that_tells_no_size_is_read_to_its_end() -> None:
+    data = storage.read("file:///proc/cpuinfo")
+    assert data.startswith(b"processor")
+    assert data.endswith(b"\n")
+
+
 def test_an_open_file_seeks_and_reads_as_a_local_one_does(root: str) -> None:
     uri = storage.join(root, "big.bin")
     data = bytes(range(256)) * 1024
