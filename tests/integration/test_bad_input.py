@@ -149,12 +149,14 @@ def check(root: str) -> None:
     assert run_job("verify", output=output)["status"] == "verified"
 
 
+@pytest.mark.usefixtures("jobs_share_ray")
 @pytest.mark.skipif(not os.path.exists(UNREADABLE_EVEN_FOR_ROOT), reason="needs a file that root cannot read")
 def test_each_bad_image_of_a_local_folder_ends_as_one_error_row(tmp_path):
     check(storage.normalise(str(tmp_path)))
 
 
 @pytest.mark.s3
+@pytest.mark.usefixtures("jobs_share_ray")
 def test_each_bad_image_of_an_object_store_ends_as_one_error_row(s3_uri):
     check(storage.join(s3_uri, "a set"))
 
@@ -184,8 +186,9 @@ def test_a_decoder_crash_is_survived_and_its_image_named(tmp_path):
     run_job("manifest", source__uri=images, output=f"{root}/manifest", shard_size=4)
     make_bundle(f"{root}/registry")
     fields = {"manifest": f"{root}/manifest", "registry": f"{root}/registry", "bundles": "tiny"}
+    own_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # whose workers crash
     summary = run_job(
-        "predict", **fields, output=f"{root}/tables", env={**os.environ, "PYTHONPATH": f"{site}:{os.getcwd()}"}
+        "predict", **fields, output=f"{root}/tables", env={**own_ray, "PYTHONPATH": f"{site}:{os.getcwd()}"}
     )
     assert (summary["num_predicted"], summary["errors_by_kind"]) == (12, {"decode/crashed": 1})
     [row] = open_table(f"{root}/tables/errors").to_table().to_pylist()
