@@ -30,7 +30,7 @@ from jobs import connected_ray
 from pipeline import storage
 from pipeline.data.manifest import write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
-from pipeline.inference import flow
+from pipeline.inference import flow, workers
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
@@ -106,14 +106,14 @@ class NullFused:
 
     def __init__(self, run: Run, attempts: Any) -> None:
         self._run, self._attempts = run, attempts
-        self._manifest = flow.open_unchanged(run.manifest_uri, run.manifest_digest)
+        self._manifest = workers.open_unchanged(run.manifest_uri, run.manifest_digest)
         bundles = [Bundle.load(model.uri) for model in run.models]
         self._predictor: Any = SimpleNamespace(bundles=bundles, software="{}", computed_in="{}")
         self._turns = Turns()
 
-    def __call__(self, rows: flow.Row) -> flow.Row:
-        shard, start = flow.shard_of(rows), time.time()
-        with flow.attempting(self._attempts, "all", shard):
+    def __call__(self, rows: workers.Row) -> workers.Row:
+        shard, start = workers.shard_of(rows), time.time()
+        with workers.attempting(self._attempts, "all", shard):
             with self._turns.take(begun=time.perf_counter()):
                 time.sleep(self.work_s)
             count, outputs = shard.num_images, ShardOutputs({})
@@ -123,7 +123,7 @@ class NullFused:
             outputs.add(list(range(count)), [answer])
             tables = build_tables(self._run, self._manifest.images(shard), self._predictor, outputs)
             files = write_shard(self._run.output_uri, self._run.run_id, shard.shard_id, tables)
-        return flow.receipt_row(
+        return workers.receipt_row(
             Receipt(shard.shard_id, count, count, 0, {}, files, _seconds(start), began_at=start, ended_at=time.time())
         )
 

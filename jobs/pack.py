@@ -184,7 +184,7 @@ def _pack_and_commit(
 
 def pack_shard(rows: Row, work: Work, attempts: Any) -> Row:
     """A CPU task that packs a shard; one that follows a death decodes each image in a child process."""
-    from pipeline.inference.flow import attempting, open_unchanged, receipt_row, shard_of
+    from pipeline.inference.workers import attempting, open_unchanged, receipt_row, shard_of
 
     shard = shard_of(rows)
     manifest = open_unchanged(work.manifest_uri, work.manifest_digest)

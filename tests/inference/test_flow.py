@@ -5,29 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
 from pipeline.errors import RunError
-from pipeline.inference.flow import (
-    PredictFused,
-    attempting,
-    predict,
-    shard_dataset,
-    shard_of,
-    should_isolate,
-    start_attempts,
-)
+from pipeline.inference.flow import predict, shard_dataset
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
+from pipeline.inference.workers import PredictFused, attempting, shard_of
 from pipeline.tables import open_table
-from tests.worlds import config_of, make_world, plan_of, run_without_ray
+from tests.worlds import config_of, make_world, run_without_ray
 
 NODES = [Node(cpus=2)]
 TABLES = {"names": ["predictions", "embeddings"]}
@@ -136,36 +127,6 @@ def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
     assert list(find_faults(read_run(summary["output"], "several"))) == []
 
 
-class Shards:
-    """Works on shards in two threads of a process of its own."""
-
-    def __init__(self, attempts) -> None:
-        self._attempts, self._meeting = attempts, threading.Barrier(2)
-
-    def meets_another(self, shard_id: int, wait_s: float) -> bool:
-        with attempting(self._attempts, "all", Shard(shard_id, None, None, 1, num_bytes=0)):
-            try:
-                self._meeting.wait(wait_s)
-            except threading.BrokenBarrierError:
-                return False
-        return True
-
-
-@pytest.mark.ray
-def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are_not(local_ray):
-    attempts = start_attempts()
-    ray.get([attempts.begin.remote("all", shard_id) for shard_id in (1, 2)])  # and their process died
-
-    def meet(*shard_ids: int, wait_s: float) -> list[bool]:
-        worker = ray.remote(Shards).options(max_concurrency=2, num_cpus=0).remote(attempts)
-        return ray.get([worker.meets_another.remote(shard_id, wait_s) for shard_id in shard_ids])
-
-    assert meet(3, 4, wait_s=30) == [True, True]
-    assert meet(1, 2, wait_s=0.2) == [False, False]
-    ray.get([attempts.begin.remote("all", 1, is_alone=True)])  # and it died again
-    assert meet(1, 5, wait_s=0.2) == [False, False]
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_ray, monkeypatch):
@@ -203,11 +164,3 @@ def test_images_that_crash_in_several_shards_harm_no_other_shard(world, local_ra
 def test_the_driver_does_without_torch():
     imports = "import sys, jobs.predict, jobs.verify, pipeline.inference.flow; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(("decode", "isolated_from"), [("cpu", 2), ("gpu", 3)])
-def test_decoding_is_isolated_after_a_death_and_where_gpus_decode_at_last(world, decode, isolated_from):
-    run = plan_of(world, run_id="isolated").run.model_copy(update={"decode": decode})
-    assert [should_isolate(run, attempt) for attempt in (1, 2, 3)] == [
-        attempt >= isolated_from for attempt in (1, 2, 3)
-    ]

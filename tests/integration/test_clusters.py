@@ -63,8 +63,9 @@ import ray
 from jobs import predict, run_job
 from pipeline.inference import flow
 from pipeline.inference.config import PredictConfig
+from pipeline.inference.workers import PredictFused
 
-class Meeting(flow.PredictFused):
+class Meeting(PredictFused):
     def __call__(self, rows):
         here = Path(FOLDER) / ray.get_runtime_context().get_node_id()
         here.touch()

@@ -1,0 +1,156 @@
+"""What runs in Ray's workers: the tasks and actors that take a shard to its receipt."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import ray
+
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.errors import RunError
+from pipeline.inference.attempts import MAX_DEATHS
+from pipeline.inference.commit import Receipt
+from pipeline.inference.plan import Model, Run
+from pipeline.inference.turns import Room
+
+if TYPE_CHECKING:
+    from pipeline.data.transforms import Preprocessing  # torch's import, which the driver does without
+
+SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
+_room = Room(SHARDS_AT_ONCE)  # of this process
+Row: TypeAlias = dict[str, Any]
+"""A batch of one row, a shard in any of its states."""
+
+
+class _Predicting:
+    """An actor with the run's networks."""
+
+    def __init__(self, run: Run, attempts: Any) -> None:
+        from pipeline.inference.predictor import Predictor
+
+        self._run, self._attempts = run, attempts
+        self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
+        self._predictor = Predictor(run, self._manifest)
+
+
+class PredictFused(_Predicting):
+    """An actor that takes a shard from fetch to written tables, batches streaming inside."""
+
+    def __call__(self, rows: Row) -> Row:
+        from pipeline.data.loader import LoadLog
+        from pipeline.inference.shard import load_shard, predict_shard
+
+        run, manifest, shard = self._run, self._manifest, shard_of(rows)
+        with attempting(self._attempts, "all", shard) as attempt, self._predictor.own_stream():
+            log = LoadLog()
+            batches = load_shard(
+                run,
+                manifest,
+                shard,
+                self._predictor.preprocessings,
+                num_threads=run.num_threads,
+                isolated=should_isolate(run, attempt),
+                log=log,
+                pin_memory=self._predictor.uses_pinned_memory,
+            )
+            receipt = predict_shard(run, manifest, shard, batches, self._predictor, log=log, attempt=attempt)
+        return receipt_row(receipt)
+
+
+def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
+    """A CPU task that fetches and decodes a shard to one uint8 block per preprocessing."""
+    from pipeline.data.loader import LoadLog
+    from pipeline.inference.shard import DecodedShard, load_shard
+
+    shard, log = shard_of(rows), LoadLog()
+    manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
+    preprocessings = _preprocessings_of(run.models)
+    with attempting(attempts, "decode", shard) as attempt:
+        isolated, batch_size = should_isolate(run, attempt), shard.num_images
+        batches = load_shard(
+            run, manifest, shard, preprocessings, num_threads=1, isolated=isolated, log=log, batch_size=batch_size
+        )
+        return DecodedShard.gather(shard, attempt, batches, preprocessings, log).to_row()
+
+
+@cache  # a process has many tasks of one run
+def _preprocessings_of(models: tuple[Model, ...]) -> list["Preprocessing"]:
+    from pipeline.inference.predictor import distinct_preprocessings, load_unchanged
+
+    return distinct_preprocessings([load_unchanged(model) for model in models])
+
+
+class PredictSplit(_Predicting):
+    """An actor that predicts and writes shards that tasks have decoded."""
+
+    def __call__(self, rows: Row) -> Row:
+        from pipeline.inference.shard import DecodedShard, predict_shard
+
+        decoded = DecodedShard.from_row(rows)
+        with attempting(self._attempts, "predict", decoded.shard):
+            receipt = predict_shard(
+                self._run,
+                self._manifest,
+                decoded.shard,
+                decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory),
+                self._predictor,
+                log=decoded.log,
+                attempt=decoded.attempt,
+            )
+        return receipt_row(receipt)
+
+
+def should_isolate(run: Run, attempt: int) -> bool:
+    """Whether an attempt decodes in child processes, on CPUs; where GPUs decode, only the last: its pixels differ."""
+    return attempt > (1 if run.decode == "cpu" else MAX_DEATHS - 1)
+
+
+@cache
+def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
+    """The manifest of a run under way, opened once per process. Raises RunError where another has taken its place."""
+    manifest = Manifest.open(manifest_uri)
+    if manifest.digest != digest:
+        raise RunError(f"{manifest_uri}: expected the manifest the run began with, found another in its place")
+    return manifest
+
+
+def receipt_row(receipt: Receipt) -> Row:
+    """What a worker returns for a shard that it has written."""
+    return {"receipt": np.array([replace(receipt, node=_node_id()).to_json()], dtype=object)}
+
+
+@cache
+def _node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+@contextmanager
+def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
+    """Around a stage of the shard; the number of this attempt at it, from 1. Raises RunError after `MAX_DEATHS`.
+
+    A shard that has seen its process die has the next one to itself: beside another one either might be the killer.
+    """
+    with ExitStack() as room:
+        room.enter_context(_room.beside_others())
+        attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
+        if attempt > 1:
+            room.close()
+            room.enter_context(_room.alone())
+            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id, is_alone=True))
+        if attempt > MAX_DEATHS:
+            raise RunError(
+                f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
+                "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches or shards, "
+                "fewer actors) or lost nodes, then run again"
+            )
+        yield attempt
+        attempts.end.remote(stage, shard.shard_id)
+
+
+def shard_of(rows: Row) -> Shard:
+    """The shard of a row of `shard_dataset`."""
+    return Shard(**json.loads(rows["shard"][0]))
