@@ -6,45 +6,39 @@ C compiler.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from pipeline.data.transforms import Preprocessing
-
 _BLOCK = 256  # pixels of the crop to a program
 _OPTIONS = {"enable_fp_fusion": False}  # by default a matter of Triton's version, and of the last bit
 
 
-def resize_and_crop(images: Sequence[torch.Tensor], preprocessing: "Preprocessing") -> torch.Tensor:
-    """Each of the images, uint8 3×H×W on one GPU, as `Preprocessing.apply` makes it there, but for roundings.
+def resize_and_crop(
+    images: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]], crop_size: int, *, is_bicubic: bool
+) -> torch.Tensor:
+    """Each image, uint8 3×H×W on one GPU, resized to its height and width of `sizes`, antialiased, and its centre.
 
-    uint8 N×3×S×S in channels_last memory. For `bilinear` and `bicubic` with antialias. Raises ImageError where one of
-    them is too narrow to be resized.
+    uint8 N×3×crop_size×crop_size in channels_last memory, with zeros where an image is smaller.
     """
     assert all(image.dtype == torch.uint8 and image.ndim == 3 for image in images)
-    size, device = preprocessing.crop_size, images[0].device
-    rows = [[image.data_ptr(), *image.stride(), *_geometry(image, preprocessing)] for image in images]
+    device = images[0].device
+    rows = [
+        [image.data_ptr(), *image.stride(), *image.shape[1:], *size, *_corner(size, crop_size)]
+        for image, size in zip(images, sizes, strict=True)
+    ]
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    shape = (len(images), 3, size, size)
+    shape = (len(images), 3, crop_size, crop_size)
     crops = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
-    grid = (triton.cdiv(size * size, _BLOCK), len(images))  # the second may be 65,535
-    is_bicubic = preprocessing.interpolation == "bicubic"
-    _resize_and_crop[grid](table, crops, size, len(rows[0]), is_bicubic, _BLOCK, **_OPTIONS)
+    grid = (triton.cdiv(crop_size * crop_size, _BLOCK), len(images))  # the second may be 65,535
+    _resize_and_crop[grid](table, crops, crop_size, len(rows[0]), is_bicubic, _BLOCK, **_OPTIONS)
     return crops
 
 
-def _geometry(image: torch.Tensor, preprocessing: "Preprocessing") -> tuple[int, ...]:
-    """Height and width, the same resized, and where in that the crop begins: before it where there is padding."""
-    height, width = image.shape[1:]
-    resized = preprocessing.resized_size(height, width)
-    lacking = [max(preprocessing.crop_size - side, 0) for side in resized]
-    spare = [max(side - preprocessing.crop_size, 0) for side in resized]
-    begin = [round(more / 2) - less // 2 for more, less in zip(spare, lacking, strict=True)]
-    return height, width, *resized, *begin
+def _corner(size: tuple[int, int], crop_size: int) -> list[int]:
+    """Where in the resized image the crop begins, before it where there is padding: rows, columns."""
+    return [round(max(side - crop_size, 0) / 2) - max(crop_size - side, 0) // 2 for side in size]
 
 
 @triton.jit

@@ -81,10 +81,14 @@ class Preprocessing(Section):
         import torch
 
         if images[0].is_cuda and self.antialias and self.interpolation != "nearest":
-            from pipeline.data.gpu_resize import resize_and_crop
-
-            return resize_and_crop(images, self)
+            return self._apply_in_one_kernel(images)
         return torch.stack([self.apply(image) for image in images])
+
+    def _apply_in_one_kernel(self, images: "Sequence[torch.Tensor]") -> "torch.Tensor":
+        from pipeline.data.gpu_resize import resize_and_crop
+
+        sizes = [self.resized_size(*image.shape[1:]) for image in images]
+        return resize_and_crop(images, sizes, self.crop_size, is_bicubic=self.interpolation == "bicubic")
 
     def resize(self, image: "torch.Tensor") -> "torch.Tensor":
         """The first half of `apply`: uint8 3×H×W to uint8 3×H'×W' of `resized_size`. Raises as `apply`."""

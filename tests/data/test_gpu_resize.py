@@ -40,7 +40,7 @@ def test_images_of_any_size_and_memory_order_come_out_as_torch_makes_them(gpu_re
     preprocessing = Preprocessing(resize_size=16, crop_size=crop_size, interpolation=interpolation)
     images = [noise(23, 31), noise(16, 16), noise(9, 21), noise(70, 33), noise(17, 12).transpose(1, 2)]
     images.append(noise(3, 40).permute(2, 1, 0)[:3])
-    found = gpu_resize.resize_and_crop(images, preprocessing)
+    found = preprocessing._apply_in_one_kernel(images)
     wanted = torch.stack([as_torch_does(preprocessing, image) for image in images])
     assert found.is_contiguous(memory_format=torch.channels_last)
     differences = (found.int() - wanted.int()).abs()
@@ -52,14 +52,14 @@ def test_images_of_any_size_and_memory_order_come_out_as_torch_makes_them(gpu_re
 def test_what_others_an_image_is_resized_with_changes_none_of_its_pixels(gpu_resize):
     preprocessing = Preprocessing(resize_size=12, crop_size=10)
     images = [noise(20 + 3 * number, 31, seed=number) for number in range(3)]
-    together = gpu_resize.resize_and_crop(images, preprocessing)
-    alone = [gpu_resize.resize_and_crop([image], preprocessing)[0] for image in images]
+    together = preprocessing._apply_in_one_kernel(images)
+    alone = [preprocessing._apply_in_one_kernel([image])[0] for image in images]
     assert torch.equal(together, torch.stack(alone))
 
 
 def test_an_image_too_narrow_to_resize_is_refused(gpu_resize):
     with pytest.raises(ImageError, match="expected a resized image"):
-        gpu_resize.resize_and_crop([noise(1, 3000)], Preprocessing(resize_size=500, crop_size=16))
+        Preprocessing(resize_size=500, crop_size=16)._apply_in_one_kernel([noise(1, 3000)])
 
 
 @pytest.mark.parametrize("is_bicubic", [False, True])
@@ -83,4 +83,4 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(gpu_resize, monkeypatch,
 def test_on_a_gpu_images_are_resized_by_the_kernel(gpu_resize):
     preprocessing = Preprocessing(resize_size=256, crop_size=224)
     images = [noise(375, 500), noise(600, 411, seed=1)]
-    assert torch.equal(preprocessing.apply_to_all(images), gpu_resize.resize_and_crop(images, preprocessing))
+    assert torch.equal(preprocessing.apply_to_all(images), preprocessing._apply_in_one_kernel(images))
