@@ -15,7 +15,6 @@ to an image. Weights are seeded and random, so `agreement.min_top1` is 0.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -162,9 +161,7 @@ def ours(
     if seen is None:
         return figures
     use, watts = seen
-    layout = ran.summary["layout"]
-    num_gpus = math.ceil(layout["num_actors"] * layout["gpus_per_actor"])
-    joules = round(watts * num_gpus / verdict["images_per_s"], 4)
+    joules = round(watts * ran.summary["layout"]["num_gpus"] / verdict["images_per_s"], 4)
     return {**figures, "gpu_use_percent": round(use), "watts": round(watts), "joules_per_image": joules}
 
 

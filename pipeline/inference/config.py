@@ -43,7 +43,7 @@ class ImagesConfig(ReadLimits):
     @field_validator("reduced_decode", mode="before")
     @classmethod
     def _was_a_flag(cls, value: Any) -> Any:
-        """In the plans of earlier runs, which can still be resumed and verified."""
+        """In the plans of earlier runs, which can still be verified and, by their `run_id`, resumed."""
         return {False: None, True: 2}[value] if isinstance(value, bool) else value
 
     max_storage_errors: int = Field(10, ge=0)
@@ -62,8 +62,8 @@ class ComputeConfig(Section):
     """Device of the networks; auto takes GPUs where the cluster has any."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; gpu: by the GPUs that predict, in the fused form; auto: so where there is a single CPU
-    to a GPU. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared. A GPU that
-    decodes wants a C compiler on its node."""
+    to a GPU, or to an actor if that is set. A GPU's pixels are not quite a CPU's: name one where several runs' outputs
+    are compared. A GPU that decodes wants a C compiler on its node."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
     precision: AskedPrecision = "auto"

@@ -149,7 +149,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         batch_size=1,
         batch_format="numpy",
         num_cpus=layout.cpus_per_actor,
-        num_gpus=layout.gpus_per_actor or None,
+        num_gpus=(1 if num_actors <= layout.num_gpus else layout.gpus_per_actor) or None,  # few leave none idle
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=num_actors,
@@ -173,7 +173,7 @@ def compile_first(plan: Plan, layout: Layout) -> None:
 
 
 def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
-    """A dataset of one row for each shard: `shard_of` reads it back. A task takes one, of very many shards several.
+    """A dataset of one row for each shard, which `workers.shard_of` reads back. A task takes one, of very many several.
 
     Needs a connected Ray, for whose CPUs and GPUs there are tasks enough.
     """
@@ -186,7 +186,7 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
 
 
 def receipts_of(dataset: ray.data.Dataset) -> Iterator[Receipt]:
-    """The receipts that a dataset's last stage made with `receipt_row`, as they come.
+    """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
 
     Raises RunError with the reason where a worker failed.
     """

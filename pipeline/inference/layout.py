@@ -26,11 +26,7 @@ class Layout:
     cpus_per_actor: int
     gpus_per_actor: float  # a part of one where several actors share it
     decode: Literal["cpu", "gpu"] = "cpu"
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs in use."""
-        return math.ceil(self.num_actors * self.gpus_per_actor)
+    num_gpus: int = 0  # in use
 
     @property
     def gpu_share(self) -> float:
@@ -89,41 +85,59 @@ def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> 
     if form == "auto":
         form = "split" if cpus >= 2 * gpus and compute.decode != "gpu" else "fused"
     sharers = _sharers_of_a_gpu(nodes, compute, form, num_shards)
-    size, fitting = _fitting_on_gpus(nodes, compute, form, sharers)
+    places = _places_on_gpus(nodes, compute, form, sharers)
     decode = compute.decode
     if decode == "auto":
-        cpus_to_a_gpu = min(_cpus_to_an_actor(nodes, 1), (compute.cpus_per_actor or cpus) * compute.actors_per_gpu)
-        has_too_few = cpus_to_a_gpu < 2  # one CPU decodes a fraction of what any GPU predicts
+        has_too_few = (compute.cpus_per_actor or _cpus_to_an_actor(nodes, 1)) < 2  # for what any GPU predicts
         decode = "gpu" if form == "fused" and has_too_few else "cpu"
-    part = "1 GPU" if sharers == 1 else f"1/{sharers} GPU"
-    num_actors = _num_actors(fitting, compute, num_shards, f"{part} and {size} CPUs each", nodes)
-    return Layout(form, "cuda", num_actors, size, 1 / sharers, decode)
+    each = f"{'1 GPU' if sharers == 1 else f'1/{sharers} GPU'} and {places.cpus_per_actor} CPUs each"
+    num_actors = _num_actors(places.fitting, compute, num_shards, each, nodes)
+    return Layout(
+        form,
+        "cuda",
+        num_actors,
+        places.cpus_per_actor,
+        gpus_per_actor=1 / sharers,
+        decode=decode,
+        num_gpus=places.gpus_taken_by(num_actors),
+    )
 
 
-def _sharers_of_a_gpu(nodes: Sequence[Node], compute: ComputeConfig, form: Form, num_shards: int) -> int:
-    """The fewest actors to a GPU with which the most GPUs, and then the most actors, have work.
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Of actors on GPUs, `sharers` to each: how many there are on each node, and how many of all may be taken."""
 
-    Ray fills one GPU before it begins the next: where there are more places than actors, GPUs are idle.
-    """
+    sharers: int
+    cpus_per_actor: int
+    by_node: list[int]
+    fitting: int
 
-    def work(sharers: int) -> tuple[bool, int, int]:
-        _, fitting = _fitting_on_gpus(nodes, compute, form, sharers)
-        num_actors = min(fitting, num_shards, compute.actors or fitting)
-        return fitting >= (compute.actors or 1), math.ceil(num_actors / sharers), num_actors
-
-    return max(range(1, compute.actors_per_gpu + 1), key=work)  # the first of equals
+    def gpus_taken_by(self, num_actors: int) -> int:
+        """At the least, where there are more places: Ray fills one GPU of a node before it begins the next."""
+        by_node = self.by_node if num_actors == sum(self.by_node) else [num_actors]
+        return sum(math.ceil(actors / self.sharers) for actors in by_node)
 
 
-def _fitting_on_gpus(nodes: Sequence[Node], compute: ComputeConfig, form: Form, sharers: int) -> tuple[int, int]:
-    """An actor's CPUs, and how many actors fit, `sharers` of them to a GPU."""
+def _places_on_gpus(nodes: Sequence[Node], compute: ComputeConfig, form: Form, sharers: int) -> _Places:
     # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
     share = 0 if form == "split" else _cpus_to_an_actor(nodes, sharers)
     size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
-    places = [node.gpus * sharers for node in nodes]
-    fitting = sum(min(there, node.cpus // size if size else there) for node, there in zip(nodes, places, strict=True))
+    by_node = [min(node.gpus * sharers, node.cpus // size if size else node.gpus * sharers) for node in nodes]
+    fitting = sum(by_node)
     if form == "split":
         fitting = _leaving_one_cpu(fitting, size, sum(node.cpus for node in nodes))
-    return size, fitting
+    return _Places(sharers, size, by_node, fitting)
+
+
+def _sharers_of_a_gpu(nodes: Sequence[Node], compute: ComputeConfig, form: Form, num_shards: int) -> int:
+    """The fewest actors to a GPU with which the most GPUs, and then the most actors, have work."""
+
+    def work(sharers: int) -> tuple[int, int, int]:
+        places = _places_on_gpus(nodes, compute, form, sharers)
+        num_actors = min(places.fitting, num_shards, compute.actors or places.fitting)
+        return min(places.fitting, compute.actors or 1), places.gpus_taken_by(num_actors), num_actors
+
+    return max(range(1, compute.actors_per_gpu + 1), key=work)  # the first of equals
 
 
 def _cpus_to_an_actor(nodes: Sequence[Node], sharers: int) -> int:

@@ -25,7 +25,7 @@ from pipeline.inference.layout import STAGES, Layout, choose_layout
 
 COSTS = StageCosts(fetch=0.0001, decode=0.002, predict=0.01, write=0.0001)
 FUSED = Layout("fused", "cpu", num_actors=2, cpus_per_actor=1, gpus_per_actor=0)
-SPLIT = Layout("split", "cuda", num_actors=2, cpus_per_actor=0, gpus_per_actor=1)
+SPLIT = Layout("split", "cuda", num_actors=2, cpus_per_actor=0, gpus_per_actor=1, num_gpus=2)
 
 seconds = st.floats(1e-5, 1.0)
 costs = st.builds(StageCosts, seconds, seconds, seconds, seconds) | st.builds(
@@ -52,7 +52,7 @@ def test_on_cpus_alone_every_stage_takes_its_turn():
 
 
 def test_gpus_that_decode_pay_for_it_with_their_own_time():
-    layout = replace(FUSED, device="cuda", gpus_per_actor=1, decode="gpu")
+    layout = replace(FUSED, device="cuda", gpus_per_actor=1, num_gpus=2, decode="gpu")
     verdict = judge(replace(COSTS, decode=0.0001), pools_of(layout, [Node(cpus=2, gpus=2)]), images_per_s=190.0)
     assert verdict.bound_images_per_s == pytest.approx(2 / 0.0101)
     part = [[Timed(num_images=10, wall_s=2.0, cpu_s=1.0)]]
@@ -61,7 +61,7 @@ def test_gpus_that_decode_pay_for_it_with_their_own_time():
 
 
 def test_actors_that_share_a_gpu_are_not_counted_as_several():
-    layout = replace(FUSED, device="cuda", num_actors=4, gpus_per_actor=0.5, decode="gpu")
+    layout = replace(FUSED, device="cuda", num_actors=4, gpus_per_actor=0.5, num_gpus=2, decode="gpu")
     part = Timed(num_images=10, wall_s=2.0, cpu_s=1.0)
     measured = measured_costs({stage: [[part] * 4] for stage in STAGES}, layout)
     assert (measured.decode, measured.predict) == (0.1, 0.1)

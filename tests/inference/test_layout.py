@@ -98,6 +98,18 @@ def test_gpus_are_shared_only_where_none_is_idle_for_it(node, fields, num_shards
     assert (layout.num_actors, layout.gpus_per_actor) == expected
 
 
+def test_gpus_of_several_nodes_are_shared_as_those_of_one():
+    shared = ComputeConfig(form="fused", decode="gpu", actors_per_gpu=2)
+    for num_nodes in (1, 4):
+        layout = choose_layout([Node(cpus=3, gpus=2)] * num_nodes, shared, num_shards=100)
+        assert (layout.num_actors, layout.num_gpus) == (3 * num_nodes, 2 * num_nodes)
+
+
+def test_more_actors_than_fit_to_gpus_however_many_share_one_are_refused():
+    with pytest.raises(ConfigError, match=r"20 actors of 1/4 GPU and 2 CPUs each do not fit this cluster, 8 do"):
+        choose_layout([Node(16, 2)], ComputeConfig(decode="gpu", actors=20, actors_per_gpu=4), num_shards=2)
+
+
 @pytest.mark.parametrize("actors_per_gpu", [1, 2, 4])
 @pytest.mark.parametrize(
     ("node", "decode"), [(Node(1, 1), "gpu"), (Node(3, 2), "gpu"), (Node(8, 8), "gpu"), (Node(4, 2), "cpu")]
@@ -116,16 +128,18 @@ def test_actors_that_tasks_decode_for_share_a_gpu_too():
     st.lists(st.tuples(st.integers(1, 64), st.integers(0, 8)), min_size=1, max_size=6),
     st.integers(1, 8),
     st.sampled_from(["auto", "fused", "split"]),
+    st.none() | st.integers(1, 16),
     st.integers(1, 1000),
 )
-def test_sharing_gpus_fits_the_cluster_and_leaves_none_idle(counts, actors_per_gpu, form, num_shards):
+def test_sharing_gpus_fits_the_cluster_and_leaves_none_idle(counts, actors_per_gpu, form, cpus_per_actor, num_shards):
     nodes = [Node(cpus, gpus) for cpus, gpus in counts]
     assume(any(node.gpus for node in nodes))
+    compute = ComputeConfig(form=form, cpus_per_actor=cpus_per_actor)
     try:
-        alone = choose_layout(nodes, ComputeConfig(form=form), num_shards)
+        alone = choose_layout(nodes, compute, num_shards)
     except ConfigError:
         return
-    layout = choose_layout(nodes, ComputeConfig(form=form, actors_per_gpu=actors_per_gpu), num_shards)
+    layout = choose_layout(nodes, compute.model_copy(update={"actors_per_gpu": actors_per_gpu}), num_shards)
     size, sharers = layout.cpus_per_actor, round(1 / layout.gpus_per_actor)
     places = (min(gpus * sharers, cpus // size if size else gpus * sharers) for cpus, gpus in counts)
     assert sharers <= actors_per_gpu
