@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -61,3 +62,15 @@ def jobs_share_ray(local_ray: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
+
+
+@pytest.fixture
+def nvjpeg_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A CPU in the place of nvJPEG: `tests.jpegs.NvjpegOnCpu`."""
+    import torch
+
+    from tests.jpegs import NvjpegOnCpu
+
+    operator = NvjpegOnCpu()
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", operator)
+    return operator

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict
 
 import numpy as np
 import torch
@@ -45,6 +45,13 @@ _MAGIC = re.compile(
 _HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 _JPEG = b"\xff\xd8\xff"
 RGB = 3  # torchvision.io.ImageReadMode.RGB
+
+
+class DecodeOptions(TypedDict):
+    """How `decode` is to be called."""
+
+    max_pixels: int
+    shrink_to: int | None
 
 
 def decode(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
@@ -97,7 +104,7 @@ def _is_plain(header: JpegHeader, shrink_to: int | None) -> bool:
     return header.num_components in (1, 3) and not is_reduced  # not CMYK and YCCK, which Adobe stores inverted
 
 
-def as_tensor(data: bytes) -> torch.Tensor:
+def as_tensor(data: bytes | memoryview) -> torch.Tensor:
     """The same memory as uint8, to be read only."""
     return torch.frombuffer(data, dtype=torch.uint8)
 

@@ -1,11 +1,10 @@
 """From a shard to batches of pixels: fetch, decode and preprocess overlapped, in manifest order."""
 
-import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -17,18 +16,11 @@ from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 
-logger = logging.getLogger(__name__)
-
 _SHARDS_SAMPLED = 8
 
-_GROUP = 64  # images that are decoded at once
-
 Decode: TypeAlias = Callable[[bytes], torch.Tensor]
-DecodeGroup: TypeAlias = Callable[[Sequence[bytes]], list[torch.Tensor | ImageError]]
 View: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """Makes a decoded image, uint8 3×H×W, ready to be stacked, as `Preprocessing.apply` does."""
-GroupView: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.Tensor]
-"""Makes them of decoded images of one device, stacked there, as `Preprocessing.apply_to_all` does."""
 Loaded: TypeAlias = list[torch.Tensor] | ImageError
 """An image in all its views, or why there is none."""
 
@@ -59,6 +51,19 @@ class LoadLog:
     began_at: float = field(default_factory=time.time)
 
 
+class BusyTime:
+    """Adds up the seconds in which at least one of several works goes on."""
+
+    def __init__(self, since: float = -math.inf) -> None:
+        self._until = since
+
+    def add(self, start: float, end: float) -> float:
+        """The seconds that a work from `start` to `end`, begun after those before it, adds to theirs."""
+        added = max(0.0, end - max(start, self._until))
+        self._until = max(self._until, end)
+        return added
+
+
 def load_batches(
     encoded: Iterable[bytes | ImageError],
     decode: Decode,
@@ -77,53 +82,17 @@ def load_batches(
 
     def load(item: bytes | ImageError) -> tuple[Loaded, float]:
         start = time.thread_time()  # not the wall's: a forward pass that holds the interpreter would count as decoding
-        pixels = item if isinstance(item, ImageError) else _decode_one(item, decode, views)
+        pixels = item if isinstance(item, ImageError) else load_image(item, decode, views)
         return pixels, time.thread_time() - start
 
-    loaded = storage.map_concurrently(load, _timed(encoded, log), num_threads)
+    loaded = storage.map_concurrently(load, timed(encoded, log), num_threads)
     return _gather(_adding_seconds(loaded, log), batch_size, log, pin_memory)
-
-
-def load_batches_on_gpu(
-    encoded: Iterable[bytes | ImageError],
-    decode_group: DecodeGroup,
-    views: Sequence[GroupView],
-    *,
-    batch_size: int,
-    device: torch.device,
-    log: LoadLog,
-) -> Iterator[Batch]:
-    """The batches of `load_batches`, decoded and preprocessed some at a time on `device`, where their pixels are."""
-    loaded = _load_groups(_timed(encoded, log), decode_group, views, device, log)
-    for batch in _gather(loaded, batch_size, log, pin_memory=False):
-        start = time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams may now read the pixels
-        log.decode_s += time.perf_counter() - start
-        yield batch
 
 
 def _adding_seconds(loaded: Iterable[tuple[Loaded, float]], log: LoadLog) -> Iterator[Loaded]:
     for pixels, seconds in loaded:
         log.decode_s += seconds
         yield pixels
-
-
-def _load_groups(
-    encoded: Iterator[bytes | ImageError],
-    decode_group: DecodeGroup,
-    views: Sequence[GroupView],
-    device: torch.device,
-    log: LoadLog,
-) -> Iterator[Loaded]:
-    while group := list(islice(encoded, _GROUP)):
-        start = time.perf_counter()
-        decoded = iter(decode_group([item for item in group if not isinstance(item, ImageError)]))
-        items = [item if isinstance(item, ImageError) else next(decoded) for item in group]
-        loaded = _view_group(items, views, device)
-        del decoded, items  # as large as they were encoded, and the next group is about to come
-        log.decode_s += time.perf_counter() - start
-        yield from loaded
 
 
 def _gather(loaded: Iterable[Loaded], batch_size: int, log: LoadLog, pin_memory: bool) -> Iterator[Batch]:
@@ -162,49 +131,22 @@ def sample_pixels(
 
 
 def _sample(item: bytes | ImageError, decode: Decode, preprocessing: Preprocessing) -> torch.Tensor | None:
-    pixels = item if isinstance(item, ImageError) else _decode_one(item, decode, [preprocessing.apply])
+    pixels = item if isinstance(item, ImageError) else load_image(item, decode, [preprocessing.apply])
     return None if isinstance(pixels, ImageError) else pixels[0]
 
 
-def _decode_one(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:
+def load_image(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:
+    """An encoded image in all its views, or why there is none."""
+
     def load() -> list[torch.Tensor]:
         image = decode(data)
         return [view(image) for view in views]
 
-    return _or_refusal(load)
+    return or_refusal(load)
 
 
-def _view_group(
-    items: Sequence[torch.Tensor | ImageError], views: Sequence[GroupView], device: torch.device
-) -> list[Loaded]:
-    """Images that are on the device together, others where they are."""
-    images = {index: item for index, item in enumerate(items) if isinstance(item, torch.Tensor)}
-    there = [index for index, image in images.items() if image.device.type == device.type]
-    viewed = dict(zip(there, _view_on(device, [images[index] for index in there], views), strict=True))
-    others = {index: image for index, image in images.items() if index not in viewed}
-    viewed |= {index: _view_elsewhere(device, image, views) for index, image in others.items()}
-    return [item if isinstance(item, ImageError) else viewed[index] for index, item in enumerate(items)]
-
-
-def _view_on(device: torch.device, images: Sequence[torch.Tensor], views: Sequence[GroupView]) -> list[Loaded]:
-    if not images:
-        return []
-    try:
-        return [list(pixels) for pixels in zip(*(view(images) for view in views), strict=True)]
-    except Exception as error:  # an image's fault or the GPU's: each alone tells whose, and a CPU which
-        said = str(error).partition("\n")[0]
-    if len(images) > 1:  # out here, where the exception no longer holds what its frames had on the GPU
-        return [loaded for image in images for loaded in _view_on(device, [image], views)]
-    logger.warning("an image is preprocessed on the CPU, for on the GPU it failed: %s", said)
-    here = images[0].cpu()  # raises where the GPU has failed for good: that must make no error rows
-    return [_view_elsewhere(device, here, views)]
-
-
-def _view_elsewhere(device: torch.device, image: torch.Tensor, views: Sequence[GroupView]) -> Loaded:
-    return _or_refusal(lambda: [view([image])[0].to(device) for view in views])
-
-
-def _or_refusal(load: Callable[[], list[torch.Tensor]]) -> Loaded:
+def or_refusal(load: Callable[[], list[torch.Tensor]]) -> Loaded:
+    """What `load` makes of one image, or why it does not."""
     try:
         return load()
     except ImageError as error:
@@ -213,7 +155,8 @@ def _or_refusal(load: Callable[[], list[torch.Tensor]]) -> Loaded:
         return ImageError("preprocess", "failed", f"expected an image to preprocess, got {type(error).__name__}")
 
 
-def _timed(encoded: Iterable[bytes | ImageError], log: LoadLog) -> Iterator[bytes | ImageError]:
+def timed(encoded: Iterable[bytes | ImageError], log: LoadLog) -> Iterator[bytes | ImageError]:
+    """`encoded`, the time spent waiting for it added to `log.fetch_s`."""
     iterator = iter(encoded)
     while True:
         start = time.perf_counter()

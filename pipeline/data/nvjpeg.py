@@ -8,16 +8,14 @@ pixels are not quite the same: nvJPEG transforms and upsamples in its own arithm
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-from pipeline import storage
 from pipeline.data import images
-from pipeline.data.jpeg import JpegHeader
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ImageError, RunError
+from pipeline.errors import RunError
 
 _MOST_PIXELS = 2**24  # of an image
 _MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; a shard's group stays, 3 GB at the most
@@ -48,38 +46,47 @@ def require(device: torch.device, preprocessings: Sequence[Preprocessing]) -> No
         ) from error
 
 
-def decode_group(
-    encoded: Sequence[bytes], *, device: torch.device, num_threads: int, max_pixels: int, shrink_to: int | None = None
-) -> list[torch.Tensor | ImageError]:
-    """Each image as `images.decode` gives it, uint8 3×H×W, on `device` or else on the CPU; or its refusal."""
-    read_header = partial(images.plain_jpeg_header, max_pixels=min(max_pixels, _MOST_PIXELS), shrink_to=shrink_to)
-    headers = {index: header for index, data in enumerate(encoded) if (header := read_header(data)) is not None}
-    found: dict[int, torch.Tensor | ImageError] = {}
-    for part in _parts({index: header for index, header in headers.items() if not header.is_rgb}):
-        pixels = _decode_or_none([encoded[index] for index in part], device)
-        decoded = {index: image for index, image in zip(part, pixels, strict=True) if image is not None}
-        found |= {index: images.upright(image, headers[index].orientation) for index, image in decoded.items()}
-    others = [index for index in range(len(encoded)) if index not in found]
-    decode = partial(_decode_or_refuse, max_pixels=max_pixels, shrink_to=shrink_to)
-    found |= zip(others, storage.map_concurrently(decode, (encoded[i] for i in others), num_threads), strict=True)
-    return [found[index] for index in range(len(encoded))]
+class PlainJpeg(NamedTuple):
+    """A JPEG that nvJPEG is for: its bytes, and what of its header is needed to decode it."""
+
+    data: bytes | memoryview
+    num_pixels: int
+    orientation: int
 
 
-def _parts(headers: dict[int, JpegHeader]) -> Iterator[list[int]]:
+def plain_jpeg(data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> PlainJpeg | None:
+    """The image, if it is one that nvJPEG is for."""
+    header = images.plain_jpeg_header(data, max_pixels=min(max_pixels, _MOST_PIXELS), shrink_to=shrink_to)
+    if header is None or header.is_rgb:
+        return None
+    return PlainJpeg(data, header.width * header.height, header.orientation)
+
+
+def decode(jpegs: Sequence[PlainJpeg], device: torch.device) -> list[torch.Tensor | None]:
+    """Each as `images.decode` gives it, uint8 3×H×W, on `device`; None for those that nvJPEG refuses."""
+    found: list[torch.Tensor | None] = []
+    for part in _parts(jpegs):
+        pixels = _decode_or_none([jpeg.data for jpeg in part], device)
+        turned = zip(pixels, part, strict=True)
+        found += [None if image is None else images.upright(image, jpeg.orientation) for image, jpeg in turned]
+    return found
+
+
+def _parts(jpegs: Sequence[PlainJpeg]) -> Iterator[list[PlainJpeg]]:
     """The images in their order, cut so that no part has more pixels than one call is to decode."""
-    part: list[int] = []
+    part: list[PlainJpeg] = []
     num_pixels = 0
-    for index, header in headers.items():
-        num_pixels += header.width * header.height
+    for jpeg in jpegs:
+        num_pixels += jpeg.num_pixels
         if part and num_pixels > _MOST_PIXELS_AT_ONCE:
             yield part
-            part, num_pixels = [], header.width * header.height
-        part.append(index)
+            part, num_pixels = [], jpeg.num_pixels
+        part.append(jpeg)
     if part:
         yield part
 
 
-def _decode_or_none(encoded: Sequence[bytes], device: torch.device) -> Sequence[torch.Tensor | None]:
+def _decode_or_none(encoded: Sequence[bytes | memoryview], device: torch.device) -> Sequence[torch.Tensor | None]:
     """The pixels of each, None for those that nvJPEG refuses, which are found by halving: it takes all or none.
 
     A GPU that has failed for good raises here, so that it makes no error rows and is not taken for an image's fault.
@@ -96,7 +103,7 @@ def _decode_or_none(encoded: Sequence[bytes], device: torch.device) -> Sequence[
     return [*_decode_or_none(encoded[:half], device), *_decode_or_none(encoded[half:], device)]
 
 
-def _decode_jpegs(encoded: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
+def _decode_jpegs(encoded: Sequence[bytes | memoryview], device: torch.device) -> list[torch.Tensor]:
     # nvJPEG writes on streams of its own without waiting for this one's, where kernels may still read what the
     # allocator now gives to it (pytorch/vision issue 9606). So threads that decode at once need a stream each.
     if device.type == "cuda":
@@ -111,10 +118,3 @@ def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-
-
-def _decode_or_refuse(data: bytes, max_pixels: int, shrink_to: int | None) -> torch.Tensor | ImageError:
-    try:
-        return images.decode(data, max_pixels=max_pixels, shrink_to=shrink_to)
-    except ImageError as error:
-        return error

@@ -1,13 +1,18 @@
 """What a predict run is told: which images, bundles and tables, where the work runs, what it costs."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import JobConfig, Section
 from pipeline.data.readers import ReadLimits
+from pipeline.data.transforms import Preprocessing
 from pipeline.models.precision import AgreementLimits, AskedPrecision
 from pipeline.tables.schemas import TABLES, EmbeddingType, TableName
+
+if TYPE_CHECKING:
+    from pipeline.data.images import DecodeOptions  # torch's import, which the driver does without
 
 
 class TablesConfig(Section):
@@ -50,6 +55,12 @@ class ImagesConfig(ReadLimits):
     """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
     gone on with when the store is back; fewer become rows of the errors table."""
 
+    def decode_options(self, preprocessings: Sequence[Preprocessing]) -> "DecodeOptions":
+        """For `images.decode`, of images that all of `preprocessings` are applied to."""
+        factor = self.reduced_decode
+        shrink_to = None if factor is None else factor * max(each.resize_size for each in preprocessings)
+        return {"max_pixels": self.max_pixels, "shrink_to": shrink_to}
+
     def deciding_fields(self) -> dict[str, Any]:
         """Those that decide which images become rows of the errors table; how hard to fetch may change."""
         return self.model_dump(exclude={"fetch_concurrency", "max_storage_errors", "accept_lost_shards"})
@@ -61,11 +72,12 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks; auto takes GPUs where the cluster has any."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where JPEGs are decoded; gpu: by the GPUs that predict, in the fused form; auto: so where there is a single CPU
-    to a GPU, or to an actor if that is set. A GPU's pixels are not quite a CPU's: name one where several runs' outputs
-    are compared. A GPU that decodes wants a C compiler on its node."""
+    """Where JPEGs are decoded; gpu: by the GPUs that predict; auto: so where there is a single CPU to a GPU, or to an
+    actor if that is set. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared. A GPU
+    that decodes wants a C compiler on its node."""
     form: Literal["auto", "fused", "split"] = "auto"
-    """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks decode for the actors."""
+    """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks fetch for the actors, and decode what
+    the actors' GPUs do not."""
     precision: AskedPrecision = "auto"
     """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
     it, float32 elsewhere. Name one where the outputs of several runs are compared, as embeddings are. int8: faster

@@ -1,7 +1,8 @@
 """The Ray Data graph of a run: one row is one shard, in either of two forms.
 
-    fused   shards ──► actor: fetch, decode, predict, write ──► receipts            CPUs, small clusters
+    fused   shards ──► actor: fetch, decode, predict, write ──► receipts                 CPUs, small clusters
     split   shards ──► CPU task: fetch, decode ──► actor: predict, write ──► receipts    many CPUs feeding a GPU
+            shards ──► CPU task: fetch ──► actor: decode, predict, write ──► receipts    the same, decoding on the GPU
 
 The driver turns receipts into commits; the tasks and actors are in `workers`. Ray retries what dies; `ShardAttempts`
 counts the deaths, so that a shard that kills its process is retried with isolated decoding (where GPUs decode: at
@@ -15,10 +16,10 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.data
@@ -34,10 +35,17 @@ from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import estimate_run, outcome
-from pipeline.inference.layout import Layout, choose_layout
+from pipeline.inference.layout import Form, Layout, choose_layout
 from pipeline.inference.plan import Model, Plan, make_plan, record_run
 from pipeline.inference.reconcile import reconcile
-from pipeline.inference.workers import SHARDS_AT_ONCE, PredictFused, PredictSplit, decode_shard
+from pipeline.inference.workers import (
+    SHARDS_AT_ONCE,
+    PredictDecoded,
+    PredictFused,
+    PredictPrepared,
+    decode_shard,
+    prepare_shard,
+)
 from pipeline.tables.writing import table_uri
 from pipeline.telemetry import RunProgress
 
@@ -141,10 +149,11 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     fair_share = math.ceil(len(shards) / num_actors)  # else the first actor that is ready takes the others'
     dataset = shard_dataset(shards)
     worker = {"run": plan.run, "attempts": start_attempts()}
-    if layout.form == "split":
-        dataset = dataset.map_batches(decode_shard, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
+    task, actor = _stages(layout.form, plan.run.decode)
+    if task is not None:
+        dataset = dataset.map_batches(task, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
     dataset = dataset.map_batches(
-        PredictSplit if layout.form == "split" else PredictFused,
+        actor,
         fn_constructor_kwargs=worker,
         batch_size=1,
         batch_format="numpy",
@@ -160,6 +169,13 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         ),
     )
     yield from receipts_of(dataset)
+
+
+def _stages(form: Form, decode: Literal["cpu", "gpu"]) -> tuple[Callable[..., Any] | None, type]:
+    """What tasks do before the actors, where they do anything, and the actors."""
+    if form == "fused":
+        return None, PredictFused
+    return (prepare_shard, PredictPrepared) if decode == "gpu" else (decode_shard, PredictDecoded)
 
 
 def compile_first(plan: Plan, layout: Layout) -> None:

@@ -34,11 +34,6 @@ class Layout:
         return self.num_gpus / self.num_actors
 
     @property
-    def can_decode_on_gpus(self) -> bool:
-        """Whether those who decode have GPUs."""
-        return self.device == "cuda" and self.form == "fused"
-
-    @property
     def stages_on_gpu(self) -> tuple[Stage, ...]:
         """What an image takes a GPU's time for."""
         if self.device == "cpu":
@@ -52,11 +47,8 @@ def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int
     Raises ConfigError where it cannot fit, saying what was asked and what there is: Ray would wait for ever.
     """
     device = choose_device(nodes, compute.device)
-    if compute.decode == "gpu" and (device == "cpu" or compute.form == "split"):
-        raise ConfigError(
-            "compute.decode: gpu needs GPUs and the fused form, whose actors decode what they predict; "
-            f"got device {device}, form {compute.form}"
-        )
+    if compute.decode == "gpu" and device == "cpu":
+        raise ConfigError("compute.decode: gpu needs GPUs, got device cpu")
     if compute.precision == "int8" and device == "cuda":
         raise ConfigError("compute.precision: int8 is for CPUs, got GPUs; use auto, or compute.device cpu")
     return _on_gpus(nodes, compute, num_shards) if device == "cuda" else _on_cpus(nodes, compute, num_shards)
@@ -83,7 +75,7 @@ def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> 
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     form = compute.form
     if form == "auto":
-        form = "split" if cpus >= 2 * gpus and compute.decode != "gpu" else "fused"
+        form = "split" if cpus >= 2 * gpus else "fused"
     sharers = _sharers_of_a_gpu(nodes, compute, form, num_shards)
     places = _places_on_gpus(nodes, compute, form, sharers)
     decode = compute.decode

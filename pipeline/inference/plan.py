@@ -126,7 +126,7 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
         kept["batch_size"] = earlier.batch_size
     if config.compute.compile == config.compute.precision == "auto":
         kept |= {"compile": earlier.compile, "precision": earlier.precision}
-    if config.compute.decode == "auto" and (earlier.decode == "cpu" or layout.can_decode_on_gpus):
+    if config.compute.decode == "auto" and (earlier.decode == "cpu" or layout.device == "cuda"):
         kept["decode"] = earlier.decode
     run = run.model_copy(update=kept)
     _refuse_change(earlier, run)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import storage
-from pipeline.data import nvjpeg
+from pipeline.data.gpu_loader import GpuDecoder
 from pipeline.data.loader import Batch
 from pipeline.data.manifest import Manifest
 from pipeline.data.transforms import Preprocessing
@@ -77,6 +78,7 @@ class Predictor:
     def __init__(self, run: Run, manifest: Manifest) -> None:
         self.bundles = [load_unchanged(model) for model in run.models]
         self.preprocessings = distinct_preprocessings(self.bundles)
+        self._places = [self.preprocessings.index(bundle.preprocessing) for bundle in self.bundles]
         self._tables = run.tables
         self._device = torch.device(run.device)
         self._streams = threading.local()
@@ -85,9 +87,10 @@ class Predictor:
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
         if self._device.type == "cuda":
             compute_repeatably()
-        self._decodes_on_gpu = run.decode == "gpu"
-        if self._decodes_on_gpu:
-            nvjpeg.require(self._device, self.preprocessings)
+        self.decoder = None
+        if run.decode == "gpu":
+            options = run.images.decode_options(self.preprocessings)
+            self.decoder = GpuDecoder(self._device, self.preprocessings, options)
         choices = networks.decide(run, manifest)
         self.computed_in = json.dumps({name: str(choice) for name, choice in choices.items()})
         self._programs = [
@@ -96,12 +99,12 @@ class Predictor:
         ]
         self.turns = Turns()
 
-    @property
+    @cached_property
     def software(self) -> str:
         """Versions of what computes the tables, as JSON, for their lineage."""
         packages = ("image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow")
         versions = {package: version(package) for package in packages}
-        if self._decodes_on_gpu:
+        if self.decoder is not None:
             import triton
 
             versions["triton"] = triton.__version__
@@ -131,15 +134,11 @@ class Predictor:
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[ModelOutput]:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""
         torch.set_num_threads(self._num_threads)  # a thread's own: shards are worked on in several
-        by_preprocessing = dict(zip((p.digest for p in self.preprocessings), pixels, strict=True))
         with torch.inference_mode(), self.own_stream():
-            on_device = {
-                digest: batch.to(self._device, non_blocking=True, memory_format=torch.channels_last)
-                for digest, batch in by_preprocessing.items()
-            }
+            there = [each.to(self._device, non_blocking=True, memory_format=torch.channels_last) for each in pixels]
             return [
-                self._output_of(*program(on_device[bundle.preprocessing.digest]))
-                for program, bundle in zip(self._programs, self.bundles, strict=True)
+                self._output_of(*program(there[place]))
+                for program, place in zip(self._programs, self._places, strict=True)
             ]
 
     def own_stream(self) -> AbstractContextManager[Any]:

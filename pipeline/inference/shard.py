@@ -1,24 +1,20 @@
 """The work on one shard, start to receipt; knows nothing of where it runs.
 
-fetch + decode ──► `DecodedShard` or a stream of batches ──► `Predictor` ──► tables ──► files ──► `Receipt`
+fetch + decode ──► a stream of batches ──► `Predictor` ──► tables ──► files ──► `Receipt`
 """
 
-import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline.data import images as image_data
-from pipeline.data import nvjpeg
-from pipeline.data.loader import Batch, LoadLog, load_batches, load_batches_on_gpu
+from pipeline.data.gpu_loader import GpuDecoder, Prepared, prepare
+from pipeline.data.loader import Batch, BusyTime, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
@@ -39,13 +35,23 @@ def load_shard(
     num_threads: int,
     isolated: bool,
     log: LoadLog,
+    decoder: GpuDecoder | None = None,
     pin_memory: bool = False,
     batch_size: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of one shard's images: `fetch_shard`, then `decode_batches`, overlapped. Raises StorageError."""
+    """Batches of one shard's images, of the run's size unless told otherwise: fetched and decoded, overlapped.
+
+    They are decoded by `decoder` where there is one, otherwise by `num_threads`. `isolated` decodes each image in a
+    child process instead, on the CPU, so that one that kills its decoder is named and harms no other. Raises
+    StorageError.
+    """
+    encoded = fetch_shard(run, manifest, shard)
+    if decoder is not None and not isolated:
+        prepared = prepare_images(run, encoded, preprocessings, num_threads=num_threads, isolated=False, log=log)
+        return decoder.batches(prepared, batch_size=batch_size or run.batch_size, log=log)
     return decode_batches(
         run,
-        fetch_shard(run, manifest, shard),
+        encoded,
         preprocessings,
         num_threads=num_threads,
         isolated=isolated,
@@ -87,103 +93,47 @@ def decode_batches(
     pin_memory: bool = False,
     batch_size: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of a shard's encoded images, decoded and preprocessed `num_threads` at a time, or on the GPU.
-
-    They are the run's in size unless told otherwise. `isolated` decodes each image in a child process, so that one that
-    kills its decoder is named and harms no other.
-    """
-    batch_size = batch_size or run.batch_size
-    max_pixels, shrink_to = run.images.max_pixels, _shrink_to(run, preprocessings)
-    if run.decode == "gpu" and not isolated:
-        device = torch.device(run.device)
-        decode_group = partial(
-            nvjpeg.decode_group, device=device, num_threads=num_threads, max_pixels=max_pixels, shrink_to=shrink_to
-        )
-        group_views = [preprocessing.apply_to_all for preprocessing in preprocessings]
-        yield from load_batches_on_gpu(
-            encoded, decode_group, group_views, batch_size=batch_size, device=device, log=log
-        )
-        return
-    with ExitStack() as stack:
-        decode = image_data.decode
-        if isolated:
-            decode = stack.enter_context(image_data.IsolatedDecoder()).decode
+    """Batches of a shard's encoded images, decoded and preprocessed on CPUs, `num_threads` at a time."""
+    with _decoding(isolated) as decode:
         yield from load_batches(
             encoded,
-            partial(decode, max_pixels=max_pixels, shrink_to=shrink_to),
+            partial(decode, **run.images.decode_options(preprocessings)),
             [preprocessing.apply for preprocessing in preprocessings],
-            batch_size=batch_size,
+            batch_size=batch_size or run.batch_size,
             num_threads=1 if isolated else num_threads,
             log=log,
             pin_memory=pin_memory,
         )
 
 
-def _shrink_to(run: Run, preprocessings: Sequence[Preprocessing]) -> int | None:
-    if run.images.reduced_decode is None:
-        return None
-    return run.images.reduced_decode * max(preprocessing.resize_size for preprocessing in preprocessings)
+def prepare_images(
+    run: Run,
+    encoded: Iterable[bytes | ImageError],
+    preprocessings: Sequence[Preprocessing],
+    *,
+    num_threads: int,
+    isolated: bool,
+    log: LoadLog,
+) -> Iterator[Prepared]:
+    """A shard's encoded images for a `GpuDecoder`; those that it is not for decoded as by `decode_batches`."""
+    with _decoding(isolated) as decode:
+        yield from prepare(
+            encoded,
+            preprocessings,
+            run.images.decode_options(preprocessings),
+            num_threads=1 if isolated else num_threads,
+            log=log,
+            decode=decode,
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedShard:
-    """A shard between the two stages of the split form.
-
-    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×H×W×3 per preprocessing.
-    """
-
-    shard: Shard
-    attempt: int
-    rows: npt.NDArray[np.int64]
-    pixels: list[npt.NDArray[np.uint8]]
-    log: LoadLog
-
-    @classmethod
-    def gather(
-        cls, shard: Shard, attempt: int, batches: Iterable[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
-    ) -> "DecodedShard":
-        """Of the shard's images as one batch; of none where none decoded."""
-        gathered = list(batches)
-        if not gathered:
-            empty = [np.empty((0, size, size, 3), np.uint8) for size in (each.crop_size for each in preprocessings)]
-            return cls(shard, attempt, np.empty(0, np.int64), empty, log)
-        [batch] = gathered
-        pixels = [block.permute(0, 2, 3, 1).numpy() for block in batch.pixels]
-        return cls(shard, attempt, np.array(batch.rows, np.int64), pixels, log)
-
-    def batches(self, batch_size: int, *, pin_memory: bool = False) -> Iterator[Batch]:
-        """The batches that the fused form would have made; copies, of a batch each: the store's pages are read-only."""
-        for start in range(0, len(self.rows), batch_size):
-            part = slice(start, start + batch_size)
-            pixels = [_copied(block[part], pin_memory).permute(0, 3, 1, 2) for block in self.pixels]
-            yield Batch(self.rows[part].tolist(), pixels)
-
-    def to_row(self) -> dict[str, npt.NDArray[np.generic] | list[object]]:
-        """As a Ray Data batch of one row; pixels stay one buffer that the next stage reads in place."""
-        log = {
-            "fetch_s": self.log.fetch_s,
-            "decode_s": self.log.decode_s,
-            "began_at": self.log.began_at,
-            "errors": {row: [error.stage, error.error, error.message] for row, error in self.log.errors.items()},
-        }
-        head = json.dumps({"shard": asdict(self.shard), "attempt": self.attempt, "log": log})
-        columns = {f"pixels_{index}": pixels[None] for index, pixels in enumerate(self.pixels)}
-        return {"head": np.array([head], object), "rows": self.rows[None], **columns}
-
-    @classmethod
-    def from_row(cls, row: dict[str, npt.NDArray[np.generic]]) -> "DecodedShard":
-        """What `to_row` made."""
-        head = json.loads(str(row["head"][0]))
-        errors = {int(index): ImageError(*error) for index, error in head["log"].pop("errors").items()}
-        pixels = [np.asarray(row[f"pixels_{index}"][0], np.uint8) for index in range(len(row) - 2)]
-        rows = np.asarray(row["rows"][0], np.int64)
-        return cls(Shard(**head["shard"]), head["attempt"], rows, pixels, LoadLog(errors, **head["log"]))
-
-
-def _copied(block: npt.NDArray[np.uint8], pin_memory: bool) -> torch.Tensor:
-    copy = torch.empty(block.shape, dtype=torch.uint8, pin_memory=pin_memory)
-    np.copyto(copy.numpy(), block)
-    return copy
+@contextmanager
+def _decoding(isolated: bool) -> Iterator[Callable[..., torch.Tensor]]:
+    if isolated:
+        with image_data.IsolatedDecoder() as decoder:
+            yield decoder.decode
+    else:
+        yield image_data.decode
 
 
 def predict_shard(
@@ -205,13 +155,11 @@ def predict_shard(
     predict_s, outputs = 0.0, ShardOutputs(log.errors)
     batches = _with_first_made(batches)
     with predictor.turns.take(begun=start) as turn:
-        hidden_s, busy_until = turn.began - start, turn.began
+        hidden_s, predicting = turn.began - start, BusyTime(since=turn.began)
         log.fetch_s -= min(hidden_s, log.fetch_s - fetched_s)
         for predicted in predictor.map(batches):
             outputs.add(predicted.rows, predicted.outputs)
-            since = max(predicted.start, busy_until)  # of batches at once the time is one
-            predict_s += max(0.0, predicted.end - since)
-            busy_until = max(busy_until, predicted.end)
+            predict_s += predicting.add(predicted.start, predicted.end)
     write_start = time.perf_counter()
     tables = build_tables(run, manifest.images(shard), predictor, outputs)
     files = write_shard(run.output_uri, run.run_id, shard.shard_id, tables)

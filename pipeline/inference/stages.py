@@ -6,7 +6,9 @@ What one leaves behind the next takes up, all of it in memory: for some hundred 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from pipeline.data.gpu_loader import Prepared
 from pipeline.data.loader import Batch, LoadLog
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ImageError
@@ -14,7 +16,7 @@ from pipeline.inference.bound import Timed
 from pipeline.inference.outputs import ShardOutputs, build_tables
 from pipeline.inference.plan import Run
 from pipeline.inference.predictor import Predictor, distinct_preprocessings
-from pipeline.inference.shard import decode_batches, fetch_shard
+from pipeline.inference.shard import decode_batches, fetch_shard, prepare_images
 from pipeline.models.bundle import Bundle
 from pipeline.tables.writing import write_shard
 
@@ -25,6 +27,7 @@ class _Held:
 
     shard: Shard
     encoded: list[bytes | ImageError] = field(default_factory=list)
+    prepared: list[Prepared] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     log: LoadLog = field(default_factory=LoadLog)
     outputs: ShardOutputs | None = None
@@ -44,7 +47,7 @@ class Stages:
         self._held = [_Held(shard) for shard in shards]
 
     def fetch(self) -> Timed:
-        """Bytes from the store."""
+        """Bytes from the store; where GPUs decode, what they do not is decoded too."""
         return self._timed(self._fetch)
 
     def decode(self) -> Timed:
@@ -73,19 +76,26 @@ class Stages:
         return Timed(sum(held.shard.num_images for held in self._held), wall, cpu)
 
     def _fetch(self, held: _Held) -> None:
-        held.encoded = list(fetch_shard(self._run, self._manifest, held.shard))
+        encoded = fetch_shard(self._run, self._manifest, held.shard)
+        if self._run.decode == "cpu":
+            held.encoded = list(encoded)
+        else:
+            held.prepared = list(prepare_images(self._run, encoded, self._preprocessings, **self._options(held)))
 
     def _decode(self, held: _Held) -> None:
-        batches = decode_batches(
-            self._run,
-            held.encoded,
-            self._preprocessings,
-            num_threads=self._run.num_threads,
-            isolated=False,
-            log=held.log,
-            pin_memory=self._predictor is not None and self._predictor.uses_pinned_memory,
-        )
-        held.batches, held.encoded = list(batches), []
+        if self._run.decode == "cpu":
+            pin_memory = self._predictor is not None and self._predictor.uses_pinned_memory
+            options = {**self._options(held), "pin_memory": pin_memory}
+            held.batches = list(decode_batches(self._run, held.encoded, self._preprocessings, **options))
+        else:
+            assert self._predictor is not None
+            assert self._predictor.decoder is not None
+            batch_size = self._run.batch_size
+            held.batches = list(self._predictor.decoder.batches(held.prepared, batch_size=batch_size, log=held.log))
+        held.encoded, held.prepared = [], []
+
+    def _options(self, held: _Held) -> dict[str, Any]:
+        return {"num_threads": self._run.num_threads, "isolated": False, "log": held.log}
 
     def _predict(self, held: _Held) -> None:
         assert self._predictor is not None

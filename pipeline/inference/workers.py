@@ -1,11 +1,11 @@
 """What runs in Ray's workers: the tasks and actors that take a shard to its receipt."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import ray
@@ -18,7 +18,8 @@ from pipeline.inference.plan import Model, Run
 from pipeline.inference.turns import Room
 
 if TYPE_CHECKING:
-    from pipeline.data.transforms import Preprocessing  # torch's import, which the driver does without
+    from pipeline.data.loader import Batch, LoadLog  # torch's import, which the driver does without
+    from pipeline.data.transforms import Preprocessing
 
 SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
 _room = Room(SHARDS_AT_ONCE)  # of this process
@@ -36,45 +37,98 @@ class _Predicting:
         self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
         self._predictor = Predictor(run, self._manifest)
 
+    def _load(self, shard: Shard, attempt: int, log: "LoadLog") -> Iterator["Batch"]:
+        from pipeline.inference.shard import load_shard
+
+        return load_shard(
+            self._run,
+            self._manifest,
+            shard,
+            self._predictor.preprocessings,
+            num_threads=self._run.num_threads,
+            isolated=should_isolate(self._run.decode, attempt),
+            log=log,
+            decoder=self._predictor.decoder,
+            pin_memory=self._predictor.uses_pinned_memory,
+        )
+
+    def _predict(self, shard: Shard, batches: Iterable["Batch"], log: "LoadLog", attempt: int) -> Row:
+        from pipeline.inference.shard import predict_shard
+
+        receipt = predict_shard(self._run, self._manifest, shard, batches, self._predictor, log=log, attempt=attempt)
+        return receipt_row(receipt)
+
 
 class PredictFused(_Predicting):
     """An actor that takes a shard from fetch to written tables, batches streaming inside."""
 
     def __call__(self, rows: Row) -> Row:
         from pipeline.data.loader import LoadLog
-        from pipeline.inference.shard import load_shard, predict_shard
 
-        run, manifest, shard = self._run, self._manifest, shard_of(rows)
+        shard, log = shard_of(rows), LoadLog()
         with attempting(self._attempts, "all", shard) as attempt, self._predictor.own_stream():
-            log = LoadLog()
-            batches = load_shard(
-                run,
-                manifest,
-                shard,
-                self._predictor.preprocessings,
-                num_threads=run.num_threads,
-                isolated=should_isolate(run, attempt),
-                log=log,
-                pin_memory=self._predictor.uses_pinned_memory,
-            )
-            receipt = predict_shard(run, manifest, shard, batches, self._predictor, log=log, attempt=attempt)
-        return receipt_row(receipt)
+            return self._predict(shard, self._load(shard, attempt, log), log, attempt)
 
 
 def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     """A CPU task that fetches and decodes a shard to one uint8 block per preprocessing."""
     from pipeline.data.loader import LoadLog
-    from pipeline.inference.shard import DecodedShard, load_shard
+    from pipeline.inference.blocks import DecodedShard
+    from pipeline.inference.shard import load_shard
 
     shard, log = shard_of(rows), LoadLog()
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     preprocessings = _preprocessings_of(run.models)
     with attempting(attempts, "decode", shard) as attempt:
-        isolated, batch_size = should_isolate(run, attempt), shard.num_images
+        isolated, batch_size = should_isolate("cpu", attempt), shard.num_images
         batches = load_shard(
             run, manifest, shard, preprocessings, num_threads=1, isolated=isolated, log=log, batch_size=batch_size
         )
         return DecodedShard.gather(shard, attempt, batches, preprocessings, log).to_row()
+
+
+class PredictDecoded(_Predicting):
+    """An actor that predicts and writes shards that tasks have decoded."""
+
+    def __call__(self, rows: Row) -> Row:
+        from pipeline.inference.blocks import DecodedShard
+
+        decoded = DecodedShard.from_row(rows)
+        with attempting(self._attempts, "predict", decoded.shard):
+            batches = decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory)
+            return self._predict(decoded.shard, batches, decoded.log, decoded.attempt)
+
+
+def prepare_shard(rows: Row, run: Run, attempts: Any) -> Row:
+    """A CPU task that fetches a shard for a GPU to decode, and decodes what the GPU does not."""
+    from pipeline.data.loader import LoadLog
+    from pipeline.inference.blocks import PreparedShard
+    from pipeline.inference.shard import fetch_shard, prepare_images
+
+    shard, log = shard_of(rows), LoadLog()
+    manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
+    preprocessings = _preprocessings_of(run.models)
+    with attempting(attempts, "decode", shard) as attempt:
+        isolated, encoded = should_isolate("cpu", attempt), fetch_shard(run, manifest, shard)
+        prepared = prepare_images(run, encoded, preprocessings, num_threads=1, isolated=isolated, log=log)
+        return PreparedShard.gather(shard, attempt, prepared, log).to_row()
+
+
+class PredictPrepared(_Predicting):
+    """An actor that decodes on its GPU, predicts and writes shards that tasks have fetched."""
+
+    def __call__(self, rows: Row) -> Row:
+        from pipeline.inference.blocks import PreparedShard
+
+        prepared = PreparedShard.from_row(rows)
+        shard, log = prepared.shard, prepared.log
+        with attempting(self._attempts, "predict", shard) as attempt, self._predictor.own_stream():
+            if prepared.images is None or should_isolate("gpu", attempt):
+                batches = self._load(shard, attempt, log)
+            else:
+                assert self._predictor.decoder is not None
+                batches = self._predictor.decoder.batches(prepared.images, batch_size=self._run.batch_size, log=log)
+            return self._predict(shard, batches, log, max(attempt, prepared.attempt))
 
 
 @cache  # a process has many tasks of one run
@@ -84,29 +138,9 @@ def _preprocessings_of(models: tuple[Model, ...]) -> list["Preprocessing"]:
     return distinct_preprocessings([load_unchanged(model) for model in models])
 
 
-class PredictSplit(_Predicting):
-    """An actor that predicts and writes shards that tasks have decoded."""
-
-    def __call__(self, rows: Row) -> Row:
-        from pipeline.inference.shard import DecodedShard, predict_shard
-
-        decoded = DecodedShard.from_row(rows)
-        with attempting(self._attempts, "predict", decoded.shard):
-            receipt = predict_shard(
-                self._run,
-                self._manifest,
-                decoded.shard,
-                decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory),
-                self._predictor,
-                log=decoded.log,
-                attempt=decoded.attempt,
-            )
-        return receipt_row(receipt)
-
-
-def should_isolate(run: Run, attempt: int) -> bool:
-    """Whether an attempt decodes in child processes, on CPUs; where GPUs decode, only the last: its pixels differ."""
-    return attempt > (1 if run.decode == "cpu" else MAX_DEATHS - 1)
+def should_isolate(decode: Literal["cpu", "gpu"], attempt: int) -> bool:
+    """Whether an attempt decodes in child processes, on CPUs; where a GPU decodes, only the last: its pixels differ."""
+    return attempt > (1 if decode == "cpu" else MAX_DEATHS - 1)
 
 
 @cache

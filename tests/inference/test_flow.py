@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ import pytest
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
 from pipeline.errors import RunError
-from pipeline.inference.flow import predict, shard_dataset
+from pipeline.inference import blocks
+from pipeline.inference.blocks import PreparedShard
+from pipeline.inference.flow import predict, run_shards, shard_dataset
+from pipeline.inference.layout import Layout
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
-from pipeline.inference.workers import PredictFused, attempting, shard_of
+from pipeline.inference.workers import PredictFused, PredictPrepared, attempting, prepare_shard, shard_of
 from pipeline.tables import open_table
-from tests.worlds import config_of, make_world, run_without_ray
+from tests.jpegs import NvjpegOnCpu
+from tests.worlds import config_of, make_world, plan_of, run_without_ray
 
 NODES = [Node(cpus=2)]
 TABLES = {"names": ["predictions", "embeddings"]}
@@ -50,6 +55,49 @@ def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
         assert (summary["num_predicted"], summary["num_errors"]) == (27, 3)
         assert list(find_faults(read_run(summary["output"], form))) == []
         assert files_of(world, form) == files_of(world, "alone")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("most_bytes", "deaths"), [(2**28, 0), (1000, 0), pytest.param(2**28, 2, marks=pytest.mark.slow)]
+)
+def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
+    world, local_ray, monkeypatch, most_bytes, deaths
+):
+    class OnPretendedGpu(PredictPrepared):
+        def __init__(self, run, attempts):
+            import torch  # of an actor's process, which ends with the test
+
+            torch.ops.image.decode_jpegs_cuda = NvjpegOnCpu()
+            super().__init__(run, attempts)
+
+        def __call__(self, rows):
+            prepared = PreparedShard.from_row(rows)
+            assert (prepared.images is None) == (most_bytes < prepared.shard.num_bytes)
+            return super().__call__(rows)
+
+        def _predict(self, shard, batches, log, attempt):
+            if shard.shard_id == 1 and attempt <= deaths:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super()._predict(shard, batches, log, attempt)
+
+    def prepare_as_much(rows, run, attempts):
+        blocks._MOST_ENCODED_BYTES = most_bytes
+        return prepare_shard(rows, run, attempts)
+
+    monkeypatch.setattr("pipeline.inference.flow.PredictPrepared", OnPretendedGpu)
+    monkeypatch.setattr("pipeline.inference.flow.prepare_shard", prepare_as_much)
+    run_id = f"fetched-{most_bytes}-{deaths}"
+    plan = plan_of(world, run_id=run_id, tables=TABLES)
+    run = plan.run.model_copy(update={"decode": "gpu"})
+    layout = Layout("split", "cpu", num_actors=1, cpus_per_actor=1, gpus_per_actor=0, decode="gpu")
+    receipts = list(run_shards(replace(plan, run=run), layout))
+    assert sum(receipt.num_predicted for receipt in receipts) == 27
+    assert max(receipt.attempt for receipt in receipts) == 1 + deaths
+    run_without_ray(world, run_id="cpus", tables=TABLES)
+    for name in ("predictions", "embeddings", "errors"):
+        expected, found = (open_table(str(world / "tables" / name), each).to_table() for each in ("cpus", run_id))
+        assert found.equals(expected)
 
 
 @pytest.mark.ray

@@ -68,13 +68,16 @@ def test_gpus_with_fewer_than_two_cpus_each_decode_for_themselves():
     assert choose_layout([few], ComputeConfig(decode="cpu"), num_shards=100).decode == "cpu"
 
 
-def test_decoding_on_gpus_that_have_cpus_is_had_for_the_asking_in_the_fused_form():
-    layout = choose_layout([Node(cpus=16, gpus=2)], ComputeConfig(decode="gpu"), num_shards=100)
-    assert (layout.form, layout.decode, layout.stages_on_gpu) == ("fused", "gpu", ("decode", "predict"))
+@pytest.mark.parametrize(
+    ("cpus", "form", "expected"), [(16, "auto", "split"), (16, "fused", "fused"), (2, "auto", "fused")]
+)
+def test_decoding_on_gpus_that_have_cpus_is_had_for_the_asking_and_the_cpus_fetch(cpus, form, expected):
+    layout = choose_layout([Node(cpus=cpus, gpus=2)], ComputeConfig(decode="gpu", form=form), num_shards=100)
+    assert (layout.form, layout.decode, layout.stages_on_gpu) == (expected, "gpu", ("decode", "predict"))
 
 
 def test_actors_that_share_a_gpu_share_its_cpus_too():
-    shared = ComputeConfig(decode="gpu", actors_per_gpu=4)
+    shared = ComputeConfig(form="fused", decode="gpu", actors_per_gpu=4)
     layout = choose_layout([Node(cpus=16, gpus=2)], shared, num_shards=100)
     assert (layout.num_actors, layout.cpus_per_actor, layout.gpus_per_actor) == (8, 2, 0.25)
     assert (layout.num_gpus, layout.gpu_share) == (2, 0.25)
@@ -94,7 +97,8 @@ def test_actors_that_share_a_gpu_share_its_cpus_too():
     ],
 )
 def test_gpus_are_shared_only_where_none_is_idle_for_it(node, fields, num_shards, expected):
-    layout = choose_layout([node], ComputeConfig(decode="gpu", actors_per_gpu=4, **fields), num_shards)
+    shared = ComputeConfig(form="fused", decode="gpu", actors_per_gpu=4, **fields)
+    layout = choose_layout([node], shared, num_shards)
     assert (layout.num_actors, layout.gpus_per_actor) == expected
 
 
@@ -107,7 +111,7 @@ def test_gpus_of_several_nodes_are_shared_as_those_of_one():
 
 def test_more_actors_than_fit_to_gpus_however_many_share_one_are_refused():
     with pytest.raises(ConfigError, match=r"20 actors of 1/4 GPU and 2 CPUs each do not fit this cluster, 8 do"):
-        choose_layout([Node(16, 2)], ComputeConfig(decode="gpu", actors=20, actors_per_gpu=4), num_shards=2)
+        choose_layout([Node(16, 2)], ComputeConfig(form="fused", actors=20, actors_per_gpu=4), num_shards=2)
 
 
 @pytest.mark.parametrize("actors_per_gpu", [1, 2, 4])
@@ -149,17 +153,10 @@ def test_sharing_gpus_fits_the_cluster_and_leaves_none_idle(counts, actors_per_g
     assert layout.decode == alone.decode
 
 
-@pytest.mark.parametrize(
-    ("node", "compute"),
-    [
-        (Node(cpus=4), ComputeConfig(decode="gpu")),
-        (Node(cpus=4, gpus=1), ComputeConfig(decode="gpu", device="cpu")),
-        (Node(cpus=4, gpus=1), ComputeConfig(decode="gpu", form="split")),
-    ],
-)
-def test_decoding_on_gpus_without_gpus_or_apart_from_them_is_refused(node, compute):
-    with pytest.raises(ConfigError, match=r"compute\.decode: gpu needs GPUs and the fused form"):
-        choose_layout([node], compute, num_shards=10)
+@pytest.mark.parametrize("node", [Node(cpus=4), Node(cpus=4, gpus=1)])
+def test_decoding_on_gpus_without_gpus_is_refused(node):
+    with pytest.raises(ConfigError, match=r"compute\.decode: gpu needs GPUs, got device cpu"):
+        choose_layout([node], ComputeConfig(decode="gpu", device="cpu" if node.gpus else "auto"), num_shards=10)
 
 
 def test_cuda_without_a_gpu_is_refused():

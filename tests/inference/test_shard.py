@@ -4,7 +4,6 @@ import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,9 +21,9 @@ from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
 from pipeline.inference.commit import Receipt, read_receipts
-from pipeline.inference.predictor import Predictor, distinct_preprocessings
-from pipeline.inference.shard import DecodedShard, decode_batches, load_shard, predict_shard
-from pipeline.models.bundle import Bundle, load_network
+from pipeline.inference.predictor import Predictor
+from pipeline.inference.shard import decode_batches, load_shard, predict_shard
+from pipeline.models.bundle import load_network
 from pipeline.tables import open_table
 from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
 
@@ -122,23 +121,6 @@ def test_lineage_names_what_resizes_on_gpus_where_it_does(world, monkeypatch, de
     assert ("triton" in json.loads(predictor.software)) == has_triton
 
 
-def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
-    plan = plan_of(world, compute={"batch_size": 3})
-    predictor = Predictor(plan.run, plan.manifest)
-    shard = next(plan.pending_shards())
-    log = LoadLog()
-    options = {"num_threads": 2, "isolated": False, "log": log}
-    load = partial(load_shard, plan.run, plan.manifest, shard, predictor.preprocessings, **options)
-    streamed, as_one = list(load()), load(batch_size=shard.num_images)
-    decoded = DecodedShard.gather(shard, 1, as_one, predictor.preprocessings, log)
-    handed_over = DecodedShard.from_row(decoded.to_row())
-    assert (handed_over.shard, handed_over.attempt) == (shard, 1)
-    assert [str(error) for error in handed_over.log.errors.values()] == [str(error) for error in log.errors.values()]
-    for before, after in zip(streamed, handed_over.batches(3), strict=True):
-        assert before.rows == after.rows
-        assert all(torch.equal(a, b) for a, b in zip(before.pixels, after.pixels, strict=True))
-
-
 @pytest.mark.parametrize(("reduced_decode", "shrink_to"), [(None, None), (2, 64), (4, 128)])
 def test_large_jpegs_are_reduced_as_far_as_the_config_says(world, reduced_decode, shrink_to):
     run = plan_of(world, run_id=f"reduced-{reduced_decode}", images={"reduced_decode": reduced_decode}).run
@@ -150,27 +132,6 @@ def test_large_jpegs_are_reduced_as_far_as_the_config_says(world, reduced_decode
     decoded = decode(file.getvalue(), max_pixels=10**6, shrink_to=shrink_to)
     assert decoded.shape[1] == {None: 300, 64: 75, 128: 150}[shrink_to]
     assert torch.equal(batch.pixels[0][0], preprocessing.apply(decoded))
-
-
-def test_where_gpus_decode_a_shard_is_theirs_unless_its_process_died(world, monkeypatch):
-    plan = plan_of(world)
-    run = plan.run.model_copy(update={"decode": "gpu"})
-    shard, preprocessings = next(plan.pending_shards()), distinct_preprocessings([Bundle.load(plan.run.models[0].uri)])
-    groups = []
-
-    def decode_group(encoded, *, device, num_threads, max_pixels, shrink_to):
-        groups.append(len(encoded))
-        return [nvjpeg._decode_or_refuse(data, max_pixels, shrink_to) for data in encoded]
-
-    monkeypatch.setattr(nvjpeg, "decode_group", decode_group)
-    found = {}
-    for name, isolated in (("gpu", False), ("child", True)):
-        log = LoadLog()
-        options = {"num_threads": 1, "isolated": isolated, "log": log}
-        batches = list(load_shard(run, plan.manifest, shard, preprocessings, **options))
-        found[name] = ([batch.rows for batch in batches], sorted(log.errors))
-    assert groups == [shard.num_images]
-    assert found["gpu"] == found["child"]
 
 
 def test_a_network_that_answers_nan_makes_error_rows(world, monkeypatch):
@@ -274,12 +235,3 @@ def test_batches_hold_every_good_image_once_in_order_and_are_full_but_for_the_la
     assert sorted(log.errors) == [index for index, good in enumerate(is_good) if not good]
     assert all(len(batch.rows) == batch_size for batch in batches[:-1])
     assert [int(image[0, 0, 0]) for batch in batches for image in batch.pixels[0]] == rows
-
-
-def test_a_decoded_shard_without_a_good_image_is_empty_and_not_missing():
-    shard = Shard(0, "images-00000.parquet", 0, 2, 0, None, None, None, None, None)
-    log = LoadLog({0: ImageError("decode", "empty", "e"), 1: ImageError("decode", "empty", "e")})
-    empty = DecodedShard.gather(shard, 1, [], [Preprocessing(resize_size=4, crop_size=4)], log)
-    handed_over = DecodedShard.from_row(empty.to_row())
-    assert list(handed_over.batches(8)) == []
-    assert sorted(handed_over.log.errors) == [0, 1]

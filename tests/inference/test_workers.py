@@ -8,7 +8,6 @@ import ray
 from pipeline.data.manifest import Shard
 from pipeline.inference.flow import start_attempts
 from pipeline.inference.workers import attempting, should_isolate
-from tests.worlds import make_world, plan_of
 
 
 class Shards:
@@ -42,9 +41,7 @@ def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are
 
 
 @pytest.mark.parametrize(("decode", "isolated_from"), [("cpu", 2), ("gpu", 3)])
-def test_decoding_is_isolated_after_a_death_and_where_gpus_decode_at_last(tmp_path, decode, isolated_from):
-    make_world(tmp_path)
-    run = plan_of(tmp_path, run_id="isolated").run.model_copy(update={"decode": decode})
-    assert [should_isolate(run, attempt) for attempt in (1, 2, 3)] == [
+def test_decoding_is_isolated_after_a_death_and_where_gpus_decode_at_last(decode, isolated_from):
+    assert [should_isolate(decode, attempt) for attempt in (1, 2, 3)] == [
         attempt >= isolated_from for attempt in (1, 2, 3)
     ]

@@ -1,0 +1,119 @@
+"""What is handed from tasks to actors."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.gpu_loader import GpuDecoder, prepare
+from pipeline.data.loader import LoadLog
+from pipeline.data.manifest import Shard
+from pipeline.data.nvjpeg import PlainJpeg
+from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ImageError
+from pipeline.inference import blocks
+from pipeline.inference.blocks import DecodedShard, PreparedShard
+from pipeline.inference.predictor import Predictor
+from pipeline.inference.shard import load_shard
+from tests.jpegs import ALL, MAX_PIXELS, PLAIN
+from tests.worlds import make_world, plan_of
+
+CPU = torch.device("cpu")
+PREPROCESSINGS = [Preprocessing(resize_size=16, crop_size=16), Preprocessing(resize_size=20, crop_size=8)]
+OPTIONS = {"max_pixels": MAX_PIXELS, "shrink_to": None}
+LOST = ImageError("fetch", "not_found", "it is gone")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+def shard_of(num_images, num_bytes=0):
+    return Shard(3, "images-00000.parquet", 0, num_images, num_bytes)
+
+
+def test_the_split_form_hands_over_the_batches_of_the_fused_one(world):
+    plan = plan_of(world, compute={"batch_size": 3})
+    predictor = Predictor(plan.run, plan.manifest)
+    shard = next(plan.pending_shards())
+    log = LoadLog()
+    options = {"num_threads": 2, "isolated": False, "log": log}
+    load = partial(load_shard, plan.run, plan.manifest, shard, predictor.preprocessings, **options)
+    streamed, as_one = list(load()), load(batch_size=shard.num_images)
+    decoded = DecodedShard.gather(shard, 1, as_one, predictor.preprocessings, log)
+    handed_over = DecodedShard.from_row(decoded.to_row())
+    assert (handed_over.shard, handed_over.attempt) == (shard, 1)
+    assert [str(error) for error in handed_over.log.errors.values()] == [str(error) for error in log.errors.values()]
+    for before, after in zip(streamed, handed_over.batches(3), strict=True):
+        assert before.rows == after.rows
+        assert all(torch.equal(a, b) for a, b in zip(before.pixels, after.pixels, strict=True))
+
+
+def test_a_decoded_shard_without_a_good_image_is_empty_and_not_missing():
+    shard = Shard(0, "images-00000.parquet", 0, 2, 0, None, None, None, None, None)
+    log = LoadLog({0: ImageError("decode", "empty", "e"), 1: ImageError("decode", "empty", "e")})
+    empty = DecodedShard.gather(shard, 1, [], [Preprocessing(resize_size=4, crop_size=4)], log)
+    handed_over = DecodedShard.from_row(empty.to_row())
+    assert list(handed_over.batches(8)) == []
+    assert sorted(handed_over.log.errors) == [0, 1]
+
+
+def gather(items, num_bytes=0):
+    log = LoadLog()
+    prepared = prepare(items, PREPROCESSINGS, OPTIONS, num_threads=1, log=log)
+    return PreparedShard.gather(shard_of(len(items), num_bytes), 2, prepared, log)
+
+
+def in_pages(row):
+    """The row as Ray hands it on: large columns read-only."""
+    for column in row.values():
+        column.setflags(write=False)
+    return row
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from([*ALL, "lost"]), max_size=80))
+def test_a_gpu_is_handed_what_it_would_have_prepared_itself(nvjpeg_on_cpu, names):
+    items = [LOST if name == "lost" else ALL[name] for name in names]
+    sent = gather(items)
+    found = PreparedShard.from_row(in_pages(sent.to_row()))
+    assert (found.shard, found.attempt) == (shard_of(len(items)), 2)
+    assert found.log == sent.log
+    decoder = GpuDecoder(CPU, PREPROCESSINGS, OPTIONS)
+    (one, log), (other, other_log) = (
+        (list(decoder.batches(each.images, batch_size=7, log=log)), log)
+        for each, log in ((sent, LoadLog()), (found, LoadLog()))
+    )
+    assert [batch.rows for batch in one] == [batch.rows for batch in other]
+    for batch, its_other in zip(one, other, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch.pixels, its_other.pixels, strict=True))
+    assert repr(sorted(log.errors.items())) == repr(sorted(other_log.errors.items()))
+
+
+def test_the_bytes_of_jpegs_are_not_copied_once_more():
+    row = gather([PLAIN["jpeg"]] * 3).to_row()
+    images = PreparedShard.from_row(row).images
+    assert all(np.shares_memory(np.frombuffer(image.data, np.uint8), row["encoded"]) for image in images)
+
+
+def test_a_shard_of_very_many_bytes_is_left_to_the_actor(monkeypatch):
+    monkeypatch.setattr(blocks, "_MOST_ENCODED_BYTES", 2 * len(PLAIN["jpeg"]))
+    items, taken = [PLAIN["jpeg"]] * 4, []
+
+    def one_by_one():
+        for item in items:
+            taken.append(item)
+            yield PlainJpeg(item, 1200, 1)
+
+    assert PreparedShard.gather(shard_of(2, 2 * len(PLAIN["jpeg"])), 1, list(one_by_one())[:2], LoadLog()).images
+    taken.clear()
+    untold = PreparedShard.gather(shard_of(4), 1, one_by_one(), LoadLog())
+    told = PreparedShard.gather(shard_of(4, 10**6), 1, one_by_one(), LoadLog())
+    assert (untold.images, told.images, len(taken)) == (None, None, 3)
+    assert PreparedShard.from_row(untold.to_row()).images is None
