@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_speed --images ../shared/data/imagenet-sample-700.tar
         [--architectures resnet18 resnet50] [--sources packed loose] [--decoders cpu gpu] [--num-images 40000]
-        [--actors-per-gpu 1 2 4]
+        [--forms auto fused] [--actors-per-gpu 1 2 4]
 
     ours            jobs.benchmark: each stage alone, then the whole; tasks of a CPU decode for the GPU's
-                    actor (cpu), or the actor decodes on the GPU (gpu)
+                    actor (cpu), or fetch for it and it decodes on the GPU (gpu); in the fused form it does all itself
     ray_data_loop   benchmarks/peers: PIL in tasks, float32 tensors to an actor with the GPU
 
 The set is the sample's images over and over under new names (hard links), as loose files and packed. GPUs are watched
@@ -89,13 +89,15 @@ def compile_bundles(root: Path, architectures: list[str]) -> dict[str, float]:
 
 
 def measure(root: Path, manifests: dict[str, str], arguments: argparse.Namespace) -> Iterator[Figures]:
-    """Ours from every source, with every decoder and number of actors, and the peer."""
+    """Ours from every source, with every decoder, form and number of actors, and the peer."""
+    variants = [
+        {"decode": decode, "form": form, "actors_per_gpu": actors}
+        for decode, form, actors in product(arguments.decoders, arguments.forms, arguments.actors_per_gpu)
+    ]
     for source in arguments.sources:
-        variants = product(arguments.architectures, arguments.decoders, arguments.actors_per_gpu)
-        for architecture, decode, actors in variants:
-            told = ours(root, manifests[source], architecture, decode, actors, arguments)
-            what = {"architecture": architecture, "source": source, "decode": decode, "actors_per_gpu": actors}
-            yield {**what, **told}
+        for architecture, variant in product(arguments.architectures, variants):
+            told = ours(root, manifests[source], architecture, variant, arguments)
+            yield {"architecture": architecture, "source": source, **variant, **told}
         if source == arguments.sources[0] and not arguments.no_peer:
             for architecture in arguments.architectures:
                 command = [sys.executable, str(_PEER), str(root / "peer-images"), str(root / "peer"), architecture]
@@ -111,6 +113,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names")
     parser.add_argument("--sources", nargs="+", choices=["packed", "loose"], default=["packed", "loose"])
     parser.add_argument("--decoders", nargs="+", choices=["cpu", "gpu"], default=["cpu", "gpu"])
+    parser.add_argument("--forms", nargs="+", choices=["auto", "fused", "split"], default=["auto"])
     parser.add_argument("--actors-per-gpu", type=int, nargs="+", default=[1], help="actors that share a GPU")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     return parser.parse_args()
@@ -129,9 +132,7 @@ def make_sets(root: Path, arguments: argparse.Namespace) -> dict[str, str]:
     return {"loose": loose, "packed": str(root / "packed")}
 
 
-def ours(
-    root: Path, manifest: str, architecture: str, decode: str, actors_per_gpu: int, arguments: argparse.Namespace
-) -> Figures:
+def ours(root: Path, manifest: str, architecture: str, compute: Figures, arguments: argparse.Namespace) -> Figures:
     """What jobs.benchmark tells, and the GPUs' use meanwhile."""
     flags = {
         "manifest": manifest,
@@ -139,8 +140,7 @@ def ours(
         "bundles": architecture,
         "output": str(root / "scratch"),
         "num_images": str(arguments.num_images),
-        "compute.decode": decode,
-        "compute.actors_per_gpu": str(actors_per_gpu),
+        **{f"compute.{name}": str(value) for name, value in compute.items()},
         "measure_again": "false",
         "compute.compile": "always",
         "compute.agreement.min_top1": _ANY_LABEL,

@@ -151,7 +151,14 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     worker = {"run": plan.run, "attempts": start_attempts()}
     task, actor = _stages(layout.form, plan.run.decode)
     if task is not None:
-        dataset = dataset.map_batches(task, fn_kwargs=worker, batch_size=1, batch_format="numpy", num_cpus=1)
+        dataset = dataset.map_batches(
+            task,
+            fn_kwargs=worker,
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=1,
+            memory=1,  # a byte unlike the actor's: Ray Data does tasks of the same resources in the actor
+        )
     dataset = dataset.map_batches(
         actor,
         fn_constructor_kwargs=worker,

@@ -20,7 +20,15 @@ from pipeline.inference.flow import predict, run_shards, shard_dataset
 from pipeline.inference.layout import Layout
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
-from pipeline.inference.workers import PredictFused, PredictPrepared, attempting, prepare_shard, shard_of
+from pipeline.inference.workers import (
+    PredictDecoded,
+    PredictFused,
+    PredictPrepared,
+    attempting,
+    decode_shard,
+    prepare_shard,
+    shard_of,
+)
 from pipeline.tables import open_table
 from tests.jpegs import NvjpegOnCpu
 from tests.worlds import config_of, make_world, plan_of, run_without_ray
@@ -62,12 +70,15 @@ def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
     ("most_bytes", "deaths"), [(2**28, 0), (1000, 0), pytest.param(2**28, 2, marks=pytest.mark.slow)]
 )
 def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
-    world, local_ray, monkeypatch, most_bytes, deaths
+    world, local_ray, tmp_path, monkeypatch, most_bytes, deaths
 ):
+    processes = tmp_path
+
     class OnPretendedGpu(PredictPrepared):
         def __init__(self, run, attempts):
             import torch  # of an actor's process, which ends with the test
 
+            (processes / f"actor-{os.getpid()}").touch()
             torch.ops.image.decode_jpegs_cuda = NvjpegOnCpu()
             super().__init__(run, attempts)
 
@@ -82,6 +93,7 @@ def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
             return super()._predict(shard, batches, log, attempt)
 
     def prepare_as_much(rows, run, attempts):
+        (processes / f"task-{os.getpid()}").touch()
         blocks._MOST_ENCODED_BYTES = most_bytes
         return prepare_shard(rows, run, attempts)
 
@@ -94,6 +106,8 @@ def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
     receipts = list(run_shards(replace(plan, run=run), layout))
     assert sum(receipt.num_predicted for receipt in receipts) == 27
     assert max(receipt.attempt for receipt in receipts) == 1 + deaths
+    tasks, actors = ({path.name.split("-")[1] for path in processes.glob(f"{kind}-*")} for kind in ("task", "actor"))
+    assert (len(actors), tasks & actors) == (1 + deaths, set())
     run_without_ray(world, run_id="cpus", tables=TABLES)
     for name in ("predictions", "embeddings", "errors"):
         expected, found = (open_table(str(world / "tables" / name), each).to_table() for each in ("cpus", run_id))
@@ -110,6 +124,27 @@ def test_a_compiled_run_writes_the_same_bytes_again_and_says_how_it_computed(wor
     assert files_of(world, "compiled") == files_of(world, "again")
     metadata = open_table(str(world / "tables" / "predictions"), "compiled").schema.metadata
     assert json.loads(metadata[b"computed_in"]) == {"tiny/1": "bfloat16, compiled"} == summary["computed_in"]
+
+
+@pytest.mark.ray
+def test_tasks_decode_apart_from_the_actors_of_one_cpu_that_predict(world, local_ray, tmp_path, monkeypatch):
+    processes = tmp_path
+
+    def decode_and_tell(rows, run, attempts):
+        (processes / f"task-{os.getpid()}").touch()
+        return decode_shard(rows, run, attempts)
+
+    class Telling(PredictDecoded):
+        def __call__(self, rows):
+            (processes / f"actor-{os.getpid()}").touch()
+            return super().__call__(rows)
+
+    monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_and_tell)
+    monkeypatch.setattr("pipeline.inference.flow.PredictDecoded", Telling)
+    summary = run(world, run_id="apart", compute={"form": "split", "cpus_per_actor": 1})
+    assert summary["status"] == "done"
+    tasks, actors = ({path.name.split("-")[1] for path in processes.glob(f"{kind}-*")} for kind in ("task", "actor"))
+    assert (bool(tasks), len(actors), tasks & actors) == (True, 1, set())
 
 
 @pytest.mark.ray
