@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import product
@@ -32,7 +32,6 @@ import torch
 
 from benchmarks.inference_speed import list_images, publish_bundle, spread
 from benchmarks.running import run_job
-from pipeline import storage
 from pipeline.data import images, nvjpeg
 from pipeline.data.loader import Batch, LoadLog
 from pipeline.data.manifest import Shard
@@ -41,7 +40,7 @@ from pipeline.inference.blocks import PreparedShard
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
 from pipeline.inference.plan import Plan, make_plan, resolve_inputs
-from pipeline.inference.predictor import Predicted, Predictor
+from pipeline.inference.predictor import Predictor
 from pipeline.inference.shard import fetch_shard, load_shard, predict_shard, prepare_images
 from pipeline.inference.workers import SHARDS_AT_ONCE
 
@@ -90,21 +89,11 @@ class StandIn:
             time.sleep(self.waits * seconds)
 
 
-class StandInPredictor(Predictor):
+def stand_in_predictor(plan: Plan, stand_in: StandIn) -> Predictor:
     """Several batches at once, as on a GPU."""
-
-    def __init__(self, plan: Plan, stand_in: StandIn) -> None:
-        super().__init__(plan.run, plan.manifest)
-        self._programs = [stand_in.predict]
-
-    def map(self, batches: Iterable[Batch]) -> Iterator[Predicted]:
-        """As the Predictor's on a GPU."""
-
-        def predict(batch: Batch) -> Predicted:
-            start = time.perf_counter()
-            return Predicted(batch.rows, self(batch.pixels), start, time.perf_counter())
-
-        return storage.map_concurrently(predict, batches, _BATCHES_AT_ONCE, pool=self._threads)
+    predictor = Predictor(plan.run, plan.manifest)
+    predictor._programs, predictor._batches_at_once = [stand_in.predict], _BATCHES_AT_ONCE
+    return predictor
 
 
 def main() -> None:
@@ -156,7 +145,7 @@ def plan_of(root: Path, manifest: str) -> Plan:
 def measure(plan: Plan, stand_in: StandIn, num_rounds: int) -> dict[str, dict[str, float]]:
     """Medians of images/s, of a GPU as fast as an H200 and of one that takes no time."""
     shards = list(plan.pending_shards())
-    predictor = StandInPredictor(plan, stand_in)
+    predictor = stand_in_predictor(plan, stand_in)
     contestants = {
         "fused": fused(plan, predictor),
         "split": split(plan, predictor, shards),
@@ -225,7 +214,7 @@ def prepared_rows(plan: Plan, predictor: Predictor, shards: Sequence[Shard]) -> 
         encoded = fetch_shard(plan.run, plan.manifest, shard)
         preprocessings = predictor.preprocessings
         prepared = prepare_images(plan.run, encoded, preprocessings, num_threads=1, isolated=False, log=log)
-        rows.append(PreparedShard.gather(shard, 1, prepared, log).to_row())
+        rows.append(PreparedShard.gather(shard, 1, prepared, log))
     return rows
 
 

@@ -26,7 +26,7 @@ from pipeline.inference.estimate import choose_sample, try_shards
 from pipeline.inference.layout import STAGES, Layout, Stage, choose_layout
 from pipeline.inference.plan import Run, make_plan, resolve_inputs
 
-_SHARDS_TO_AN_ACTOR = 8  # with a GPU, or where others decode for it: it does all their stages itself
+_SHARDS_TO_AN_ACTOR = 8  # with a GPU, or where tasks work for it: it does all their stages itself
 
 
 class BenchmarkConfig(JobConfig):

@@ -7,6 +7,7 @@ fetch as fast as a GPU decodes.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import torch
 from pipeline import storage
 from pipeline.data import images, nvjpeg
 from pipeline.data.images import DecodeOptions
-from pipeline.data.loader import Batch, BusyTime, Decode, Loaded, LoadLog, load_image, or_refusal, stack, timed
+from pipeline.data.loader import Batch, Decode, Loaded, LoadLog, load_image, or_refusal, stack, timed
 from pipeline.data.nvjpeg import PlainJpeg
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
@@ -49,13 +50,14 @@ def prepare(
     """
     load = partial(_load_on_cpu, preprocessings=preprocessings, decode=partial(decode, **options))
     find_plain = partial(nvjpeg.plain_jpeg, **options)
-    for group in _groups(timed(encoded, log)):
-        sorted_out = [item if isinstance(item, ImageError) else find_plain(item) or item for item in group]
-        others = [item for item in sorted_out if isinstance(item, bytes)]
-        start = time.perf_counter()
-        loaded = iter(list(storage.map_concurrently(load, others, num_threads)) if others else ())
-        log.decode_s += time.perf_counter() - start
-        yield from (next(loaded) if isinstance(item, bytes) else item for item in sorted_out)
+    with ThreadPoolExecutor(num_threads, "decode") as threads:  # started when first used
+        for group in _groups(timed(encoded, log)):
+            sorted_out = [item if isinstance(item, ImageError) else find_plain(item) or item for item in group]
+            others = [item for item in sorted_out if isinstance(item, bytes)]
+            start = time.perf_counter()
+            loaded = iter(list(threads.map(load, others)) if others else ())
+            log.fetch_s += time.perf_counter() - start
+            yield from (next(loaded) if isinstance(item, bytes) else item for item in sorted_out)
 
 
 class GpuDecoder:
@@ -69,7 +71,8 @@ class GpuDecoder:
         self._device, self._preprocessings = device, preprocessings
         decode = partial(images.decode, **options)
         self._load_on_cpu = partial(_load_on_cpu, preprocessings=preprocessings, decode=decode)
-        self._threads = ThreadPoolExecutor(_GROUPS_AT_ONCE, "decode", initializer=self._take_a_stream)
+        self._clock = _BusyClock()
+        self._threads = ThreadPoolExecutor(_GROUPS_AT_ONCE, "decode", _take_a_stream, (device,))
 
     def batches(self, prepared: Iterable[Prepared], *, batch_size: int, log: LoadLog) -> Iterator[Batch]:
         """The batches that `loader.load_batches` would make of the images, their pixels on the GPU."""
@@ -85,10 +88,10 @@ class GpuDecoder:
 
     def _chunks(self, prepared: Iterable[Prepared], log: LoadLog) -> "Iterator[_Chunk]":
         """The images group by group, rows counted from the shard's first."""
-        first_row, busy = 0, BusyTime()
+        first_row = 0
         groups = storage.map_concurrently(self._decode_group, _groups(prepared), _GROUPS_AT_ONCE, pool=self._threads)
         for group in groups:
-            log.decode_s += busy.add(group.start, group.end)
+            log.decode_s += group.seconds
             log.errors.update({first_row + row: error for row, error in group.errors.items()})
             yield _Chunk([first_row + row for row in group.chunk.rows], group.chunk.pixels)
             first_row += group.size
@@ -103,29 +106,32 @@ class GpuDecoder:
         return batch, _Chunk(rows[batch_size:], [view[batch_size:] for view in pixels])
 
     def _decode_group(self, group: "list[Prepared]") -> "_Group":
-        start = time.perf_counter()
+        self._clock.start()
+        try:
+            chunk, errors = self._decoded(group)
+            self._wait()
+        finally:
+            seconds = self._clock.stop()
+        return _Group(chunk, errors, len(group), seconds)
+
+    def _decoded(self, group: "list[Prepared]") -> "tuple[_Chunk, dict[int, ImageError]]":
         jpegs = {row: item for row, item in enumerate(group) if isinstance(item, PlainJpeg)}
         decoded = zip(jpegs, nvjpeg.decode(list(jpegs.values()), self._device), strict=True)
         there = {row: image for row, image in decoded if image is not None}
-        pixels = self._view(list(there.values())) if there else ""
-        if isinstance(pixels, str) or len(there) < len(group):
-            chunk, errors = self._stacked(self._loaded_one_by_one(group, there, pixels))
-        else:
-            chunk, errors = _Chunk(list(there), pixels), {}
-        self._wait()
-        return _Group(chunk, errors, len(group), start, time.perf_counter())
-
-    def _stacked(self, loaded: dict[int, Loaded]) -> "tuple[_Chunk, dict[int, ImageError]]":
+        pixels = self._view_together(list(there.values()))
+        if pixels is not None and len(there) == len(group):
+            return _Chunk(list(there), pixels), {}
+        loaded = self._loaded_one_by_one(group, there, pixels)
         errors = {row: item for row, item in loaded.items() if isinstance(item, ImageError)}
         viewed = {row: item for row, item in loaded.items() if not isinstance(item, ImageError)}
         views = [stack(each, pin_memory=False) for each in zip(*viewed.values(), strict=True)]
         return _Chunk(list(viewed), views), errors
 
     def _loaded_one_by_one(
-        self, group: "list[Prepared]", decoded: dict[int, torch.Tensor], pixels: list[torch.Tensor] | str
+        self, group: "list[Prepared]", decoded: dict[int, torch.Tensor], pixels: list[torch.Tensor] | None
     ) -> dict[int, Loaded]:
         """Where a group is not all JPEGs that were decoded and viewed together: each of its images, in order."""
-        together = iter(()) if isinstance(pixels, str) else zip(*pixels, strict=True)
+        together = iter(()) if pixels is None else zip(*pixels, strict=True)
         loaded: dict[int, Loaded] = {}
         for row, item in enumerate(group):
             if row in decoded:
@@ -136,28 +142,27 @@ class GpuDecoder:
                 loaded[row] = self._moved(on_cpu)
         return loaded
 
-    def _view(self, decoded: Sequence[torch.Tensor]) -> list[torch.Tensor] | str:
-        """All views of images together; what went wrong as text: an exception holds what its frames had on the GPU."""
+    def _views(self, decoded: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [preprocessing.apply_to_all(decoded) for preprocessing in self._preprocessings]
+
+    def _view_together(self, decoded: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """All views of images of the GPU; None where there are none or one fails: each alone tells which."""
         try:
-            return [preprocessing.apply_to_all(decoded) for preprocessing in self._preprocessings]
-        except Exception as error:  # an image's fault or the GPU's: each alone tells whose, and a CPU which
-            return str(error).partition("\n")[0] or type(error).__name__
+            return self._views(decoded) if decoded else None
+        except Exception:  # an image's fault or the GPU's
+            return None
 
     def _view_alone(self, image: torch.Tensor) -> Loaded:
-        pixels = self._view([image])
-        if not isinstance(pixels, str):
-            return [views[0] for views in pixels]
-        logger.warning("an image is preprocessed on the CPU, for on the GPU it failed: %s", pixels)
+        try:
+            return [views[0] for views in self._views([image])]
+        except Exception as error:  # a CPU tells whose fault it is
+            said = str(error).partition("\n")[0]
+        logger.warning("an image is preprocessed on the CPU, for on the GPU it failed: %s", said)
         here = image.cpu()  # raises where the GPU has failed for good: that must make no error rows
         return self._moved(or_refusal(lambda: [each.apply(here) for each in self._preprocessings]))
 
     def _moved(self, loaded: Loaded) -> Loaded:
         return loaded if isinstance(loaded, ImageError) else [view.to(self._device) for view in loaded]
-
-    def _take_a_stream(self) -> None:
-        """This thread's own: nvJPEG's buffers and those that kernels still read are given to no other thread."""
-        if self._device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
 
     def _wait(self) -> None:
         """Until what this thread has begun on the GPU is done."""
@@ -173,13 +178,40 @@ class _Chunk(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What became of `size` images, rows counted from the first of them, and when, of `time.perf_counter`."""
+    """What became of `size` images, rows counted from the first of them, and the seconds that were not yet counted."""
 
     chunk: _Chunk
     errors: dict[int, ImageError]
     size: int
-    start: float
-    end: float
+    seconds: float
+
+
+class _BusyClock:
+    """Runs while at least one of several threads is at work; who stops is told the seconds that nobody was told yet."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_working, self._told_until = 0, 0.0
+
+    def start(self) -> None:
+        """One more is at work."""
+        with self._lock:
+            if not self._num_working:
+                self._told_until = time.perf_counter()
+            self._num_working += 1
+
+    def stop(self) -> float:
+        """One less is."""
+        with self._lock:
+            self._num_working -= 1
+            since, self._told_until = self._told_until, time.perf_counter()
+            return self._told_until - since
+
+
+def _take_a_stream(device: torch.device) -> None:
+    """This thread's own: what kernels still read, and what nvJPEG writes, is given to no other thread."""
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _load_on_cpu(data: bytes, *, preprocessings: Sequence[Preprocessing], decode: Decode) -> Loaded:

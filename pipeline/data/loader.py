@@ -1,6 +1,5 @@
 """From a shard to batches of pixels: fetch, decode and preprocess overlapped, in manifest order."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,27 +40,15 @@ class Batch:
 class LoadLog:
     """What loading a shard left to tell: the images that failed, by row, and the seconds spent.
 
-    `fetch_s` is the time spent waiting for bytes, `decode_s` that of the CPUs which the decoding threads used, or that
-    of the wall where a GPU decodes; `began_at` is unix seconds.
+    `fetch_s` is the time spent waiting for bytes, `decode_s` that of the CPUs which the decoding threads used. Where a
+    GPU decodes, `decode_s` is the time that it was at it, and `fetch_s` has what CPUs decode of its images too.
+    `began_at` is unix seconds.
     """
 
     errors: dict[int, ImageError] = field(default_factory=dict)
     fetch_s: float = 0.0
     decode_s: float = 0.0
     began_at: float = field(default_factory=time.time)
-
-
-class BusyTime:
-    """Adds up the seconds in which at least one of several works goes on."""
-
-    def __init__(self, since: float = -math.inf) -> None:
-        self._until = since
-
-    def add(self, start: float, end: float) -> float:
-        """The seconds that a work from `start` to `end`, begun after those before it, adds to theirs."""
-        added = max(0.0, end - max(start, self._until))
-        self._until = max(self._until, end)
-        return added
 
 
 def load_batches(

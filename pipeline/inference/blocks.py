@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 
 from pipeline.data.gpu_loader import Prepared
+from pipeline.data.images import as_tensor
 from pipeline.data.loader import Batch, LoadLog
 from pipeline.data.manifest import Shard
 from pipeline.data.nvjpeg import PlainJpeg
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 
-_MOST_ENCODED_BYTES = 256 << 20  # of a shard; as many tasks as there are CPUs hold one twice
+_MOST_BYTES = 512 << 20  # of a shard that is handed on; as many tasks as there are CPUs hold one
 Row: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
 
@@ -61,7 +62,8 @@ class DecodedShard:
     def to_row(self) -> Row:
         """As a Ray Data batch of one row."""
         columns = {f"pixels_{index}": pixels[None] for index, pixels in enumerate(self.pixels)}
-        head = {**_facts(self), "errors": _told(self.log.errors)}
+        errors = {row: [error.stage, error.error, error.message] for row, error in self.log.errors.items()}
+        head = {**_facts(self.shard, self.attempt, self.log), "errors": errors}
         return {"head": _text(head), "rows": self.rows[None], **columns}
 
     @classmethod
@@ -69,7 +71,7 @@ class DecodedShard:
         """What `to_row` made."""
         head = json.loads(str(row["head"][0]))
         shard, attempt, log = _of_facts(head)
-        log.errors = _errors(head["errors"])
+        log.errors.update({int(row): ImageError(*error) for row, error in head["errors"].items()})
         pixels = [np.asarray(row[f"pixels_{index}"][0], np.uint8) for index in range(len(row) - 2)]
         return cls(shard, attempt, np.asarray(row["rows"][0], np.int64), pixels, log)
 
@@ -78,8 +80,8 @@ class DecodedShard:
 class PreparedShard:
     """A shard whose JPEGs a GPU is to decode.
 
-    `images` are all of its images in order; None where they are too many bytes to be handed on, and the actor is to
-    fetch them: so large, few go through its interpreter.
+    `images` are all of its images in order, as views of the row they came in; None where they are too many bytes to be
+    handed on, and the actor is to fetch them: of images so large the GPU decodes fewer than the actor can fetch.
     """
 
     shard: Shard
@@ -87,82 +89,73 @@ class PreparedShard:
     images: list[Prepared] | None
     log: LoadLog
 
-    @classmethod
-    def gather(cls, shard: Shard, attempt: int, prepared: Iterable[Prepared], log: LoadLog) -> "PreparedShard":
-        """Of what `gpu_loader.prepare` gives, which is not read to its end where it is too much."""
-        images: list[Prepared] = []
-        num_bytes = 0
-        if shard.num_bytes <= _MOST_ENCODED_BYTES:
-            for item in prepared:
-                images.append(item)
-                num_bytes += len(item.data) if isinstance(item, PlainJpeg) else 0
-                if num_bytes > _MOST_ENCODED_BYTES:  # the manifest did not know their sizes
-                    break
-            else:
-                return cls(shard, attempt, images, log)
-        return cls(shard, attempt, None, log)
-
-    def to_row(self) -> Row:
-        """As a Ray Data batch of one row."""
-        images = dict(enumerate(self.images or []))
-        jpegs = {row: item for row, item in images.items() if isinstance(item, PlainJpeg)}
-        viewed = {row: item for row, item in images.items() if isinstance(item, list)}
-        views = [torch.stack(view).numpy() for view in zip(*viewed.values(), strict=True)]
-        head = {
-            **_facts(self),
-            "num_images": None if self.images is None else len(self.images),
-            "errors": _told({row: item for row, item in images.items() if isinstance(item, ImageError)}),
-            "jpegs": [[row, len(jpeg.data), jpeg.num_pixels, jpeg.orientation] for row, jpeg in jpegs.items()],
-            "viewed": list(viewed),
-            "shapes": [view.shape for view in views],
-        }
-        encoded, pixels = b"".join(jpeg.data for jpeg in jpegs.values()), b"".join(view.tobytes() for view in views)
-        return {"head": _text(head), "encoded": _column(encoded), "pixels": _column(pixels)}
+    @staticmethod
+    def gather(shard: Shard, attempt: int, prepared: Iterable[Prepared], log: LoadLog) -> Row:
+        """What `gpu_loader.prepare` gives, as a Ray Data batch of one row; not read to its end where it is too much."""
+        block, told = bytearray(), []
+        is_whole = shard.num_bytes <= _MOST_BYTES
+        for item in prepared if is_whole else ():
+            told.append(_add(item, block))
+            if len(block) > _MOST_BYTES:  # the manifest did not know their sizes, or pixels are more than they were
+                is_whole, block, told = False, bytearray(), []
+                break
+        head = {**_facts(shard, attempt, log), "images": told if is_whole else None}
+        return {"head": _text(head), "block": np.frombuffer(block, np.uint8)[None]}
 
     @classmethod
     def from_row(cls, row: Row) -> "PreparedShard":
-        """What `to_row` made; the JPEGs' bytes lie where the row's do."""
+        """What `gather` made."""
         head = json.loads(str(row["head"][0]))
+        block = np.asarray(row["block"][0], np.uint8).data
+        images: list[Prepared] | None = None
+        if head["images"] is not None:
+            images = []
+            for told in head["images"]:
+                image, block = _take(told, block)
+                images.append(image)
         shard, attempt, log = _of_facts(head)
-        if head["num_images"] is None:
-            return cls(shard, attempt, None, log)
-        encoded, pixels = (np.asarray(row[name][0], np.uint8).data for name in ("encoded", "pixels"))
-        images: dict[int, Prepared] = dict(_errors(head["errors"]))
-        for index, size, num_pixels, orientation in head["jpegs"]:
-            images[index] = PlainJpeg(encoded[:size], num_pixels, orientation)
-            encoded = encoded[size:]
-        views = []
-        for shape in head["shapes"]:
-            size = math.prod(shape)
-            views.append(torch.frombuffer(bytearray(pixels[:size]), dtype=torch.uint8).view(shape))
-            pixels = pixels[size:]
-        images |= zip(head["viewed"], map(list, zip(*views, strict=True)), strict=True)
-        return cls(shard, attempt, [images[index] for index in range(head["num_images"])], log)
+        return cls(shard, attempt, images, log)
 
 
-def _facts(block: DecodedShard | PreparedShard) -> dict[str, Any]:
-    log = {"fetch_s": block.log.fetch_s, "decode_s": block.log.decode_s, "began_at": block.log.began_at}
-    return {"shard": asdict(block.shard), "attempt": block.attempt, "log": log}
+def _add(image: Prepared, block: bytearray) -> list[Any]:
+    """Add the image's bytes or pixels to the block; what is to be told of it."""
+    if isinstance(image, ImageError):
+        return ["error", image.stage, image.error, image.message]
+    if isinstance(image, PlainJpeg):
+        block += image.data
+        return ["jpeg", len(image.data), image.num_pixels, image.orientation]
+    for view in image:
+        block += view.contiguous().numpy().data
+    return ["pixels", *(view.shape for view in image)]
+
+
+def _take(told: list[Any], block: memoryview) -> tuple[Prepared, memoryview]:
+    """The image at the block's beginning, and the rest of the block."""
+    kind, *facts = told
+    if kind == "error":
+        return ImageError(*facts), block
+    if kind == "jpeg":
+        size, num_pixels, orientation = facts
+        return PlainJpeg(block[:size], num_pixels, orientation), block[size:]
+    views = []
+    for shape in facts:
+        size = math.prod(shape)
+        views.append(as_tensor(block[:size]).view(shape))
+        block = block[size:]
+    return views, block
+
+
+def _facts(shard: Shard, attempt: int, log: LoadLog) -> dict[str, Any]:
+    seconds = {"fetch_s": log.fetch_s, "decode_s": log.decode_s, "began_at": log.began_at}
+    return {"shard": asdict(shard), "attempt": attempt, "log": seconds}
 
 
 def _of_facts(head: dict[str, Any]) -> tuple[Shard, int, LoadLog]:
     return Shard(**head["shard"]), head["attempt"], LoadLog(**head["log"])
 
 
-def _told(errors: dict[int, ImageError]) -> dict[int, list[str]]:
-    return {row: [error.stage, error.error, error.message] for row, error in errors.items()}
-
-
-def _errors(told: dict[str, list[str]]) -> dict[int, ImageError]:
-    return {int(row): ImageError(*error) for row, error in told.items()}
-
-
 def _text(head: dict[str, Any]) -> npt.NDArray[np.object_]:
     return np.array([json.dumps(head)], object)
-
-
-def _column(data: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)[None]
 
 
 def _copied(block: npt.NDArray[np.uint8], pin_memory: bool) -> torch.Tensor:

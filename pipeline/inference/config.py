@@ -95,7 +95,7 @@ class ComputeConfig(Section):
     """Number of actors; unset: as many as fit."""
     actors_per_gpu: int = Field(1, ge=1, le=16)
     """Actors that share a GPU, at most, each with networks and batches of its own in its memory. For GPUs that a single
-    process cannot feed: on an H200 one fetched, and had decoded by the GPU, 3,000 to 4,000 images a second."""
+    process cannot feed: on an H200 one of the fused form had 3,000 to 4,000 images a second decoded by the GPU."""
     cpus_per_actor: int | None = Field(None, ge=1)
     """CPUs of one actor; unset: 1, or up to 4 where there are fewer shards than CPUs; on GPUs its part of the CPUs
     there are to a GPU, or none in the split form."""

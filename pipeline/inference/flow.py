@@ -5,7 +5,7 @@
             shards ──► CPU task: fetch ──► actor: decode, predict, write ──► receipts    the same, decoding on the GPU
 
 The driver turns receipts into commits; the tasks and actors are in `workers`. Ray retries what dies; `ShardAttempts`
-counts the deaths, so that a shard that kills its process is retried with isolated decoding (where GPUs decode: at
+counts the deaths, so that a shard that kills its process is retried with isolated decoding (of what a GPU decodes: at
 last), and given up by name after three.
 """
 

@@ -48,7 +48,7 @@ def choose_layout(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int
     """
     device = choose_device(nodes, compute.device)
     if compute.decode == "gpu" and device == "cpu":
-        raise ConfigError("compute.decode: gpu needs GPUs, got device cpu")
+        raise ConfigError("compute.decode: gpu needs GPUs, got device cpu; leave it at auto, or add nodes with GPUs")
     if compute.precision == "int8" and device == "cuda":
         raise ConfigError("compute.precision: int8 is for CPUs, got GPUs; use auto, or compute.device cpu")
     return _on_gpus(nodes, compute, num_shards) if device == "cuda" else _on_cpus(nodes, compute, num_shards)
@@ -111,7 +111,7 @@ class _Places:
 
 
 def _places_on_gpus(nodes: Sequence[Node], compute: ComputeConfig, form: Form, sharers: int) -> _Places:
-    # In the split form the CPUs are the decode tasks'; the actor only feeds its GPU.
+    # In the split form the CPUs are the tasks'; the actor only feeds its GPU.
     share = 0 if form == "split" else _cpus_to_an_actor(nodes, sharers)
     size = share if compute.cpus_per_actor is None else compute.cpus_per_actor
     by_node = [min(node.gpus * sharers, node.cpus // size if size else node.gpus * sharers) for node in nodes]
@@ -137,7 +137,7 @@ def _cpus_to_an_actor(nodes: Sequence[Node], sharers: int) -> int:
 
 
 def _leaving_one_cpu(fitting: int, size: int, cpus: int) -> int:
-    """How many of `fitting` actors leave a CPU for the tasks that decode for them; without one all would wait."""
+    """How many of `fitting` actors leave a CPU for the tasks that work for them; without one all would wait."""
     return min(fitting, (cpus - 1) // size) if size else fitting * (cpus > 0)
 
 

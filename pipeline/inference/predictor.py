@@ -82,6 +82,7 @@ class Predictor:
         self._tables = run.tables
         self._device = torch.device(run.device)
         self._streams = threading.local()
+        self._batches_at_once = 1 if self._device.type == "cpu" else _BATCHES_ON_GPU
         self._threads = ThreadPoolExecutor(_BATCHES_ON_GPU, thread_name_prefix="stream")  # started when first used
         self._num_threads = run.num_threads
         torch.set_num_threads(run.num_threads)  # the order of sums, hence the last bits; Ray's actors begin with 1
@@ -127,9 +128,9 @@ class Predictor:
             outputs = self(batch.pixels)
             return Predicted(batch.rows, outputs, start, time.perf_counter())
 
-        if self._device.type == "cpu":
+        if self._batches_at_once == 1:
             return map(predict, batches)
-        return storage.map_concurrently(predict, batches, _BATCHES_ON_GPU, pool=self._threads)
+        return storage.map_concurrently(predict, batches, self._batches_at_once, pool=self._threads)
 
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[ModelOutput]:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""

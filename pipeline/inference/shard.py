@@ -14,7 +14,7 @@ import torch
 
 from pipeline.data import images as image_data
 from pipeline.data.gpu_loader import GpuDecoder, Prepared, prepare
-from pipeline.data.loader import Batch, BusyTime, LoadLog, load_batches
+from pipeline.data.loader import Batch, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
@@ -41,13 +41,13 @@ def load_shard(
 ) -> Iterator[Batch]:
     """Batches of one shard's images, of the run's size unless told otherwise: fetched and decoded, overlapped.
 
-    They are decoded by `decoder` where there is one, otherwise by `num_threads`. `isolated` decodes each image in a
-    child process instead, on the CPU, so that one that kills its decoder is named and harms no other. Raises
+    They are decoded by `decoder` where there is one, and what that is not for by `num_threads`. These decode each image
+    in a child process where they are `isolated`, so that one that kills its decoder is named and harms no other. Raises
     StorageError.
     """
     encoded = fetch_shard(run, manifest, shard)
-    if decoder is not None and not isolated:
-        prepared = prepare_images(run, encoded, preprocessings, num_threads=num_threads, isolated=False, log=log)
+    if decoder is not None:
+        prepared = prepare_images(run, encoded, preprocessings, num_threads=num_threads, isolated=isolated, log=log)
         return decoder.batches(prepared, batch_size=batch_size or run.batch_size, log=log)
     return decode_batches(
         run,
@@ -155,11 +155,13 @@ def predict_shard(
     predict_s, outputs = 0.0, ShardOutputs(log.errors)
     batches = _with_first_made(batches)
     with predictor.turns.take(begun=start) as turn:
-        hidden_s, predicting = turn.began - start, BusyTime(since=turn.began)
+        hidden_s, busy_until = turn.began - start, turn.began
         log.fetch_s -= min(hidden_s, log.fetch_s - fetched_s)
         for predicted in predictor.map(batches):
             outputs.add(predicted.rows, predicted.outputs)
-            predict_s += predicting.add(predicted.start, predicted.end)
+            since = max(predicted.start, busy_until)  # of batches at once the time is one
+            predict_s += max(0.0, predicted.end - since)
+            busy_until = max(busy_until, predicted.end)
     write_start = time.perf_counter()
     tables = build_tables(run, manifest.images(shard), predictor, outputs)
     files = write_shard(run.output_uri, run.run_id, shard.shard_id, tables)

@@ -1,11 +1,12 @@
 """What runs in Ray's workers: the tasks and actors that take a shard to its receipt."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import ray
@@ -18,7 +19,8 @@ from pipeline.inference.plan import Model, Run
 from pipeline.inference.turns import Room
 
 if TYPE_CHECKING:
-    from pipeline.data.loader import Batch, LoadLog  # torch's import, which the driver does without
+    from pipeline.data.gpu_loader import GpuDecoder  # torch's import, which the driver does without
+    from pipeline.data.loader import Batch, LoadLog
     from pipeline.data.transforms import Preprocessing
 
 SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
@@ -37,7 +39,11 @@ class _Predicting:
         self._manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
         self._predictor = Predictor(run, self._manifest)
 
-    def _load(self, shard: Shard, attempt: int, log: "LoadLog") -> Iterator["Batch"]:
+    def _decoder_at(self, attempt: int) -> "GpuDecoder | None":
+        """The GPU's, but at the last attempt: CPUs decode all then, isolated; their pixels differ."""
+        return self._predictor.decoder if attempt < MAX_DEATHS else None
+
+    def _load(self, shard: Shard, attempt: int, log: "LoadLog", num_threads: int) -> Iterator["Batch"]:
         from pipeline.inference.shard import load_shard
 
         return load_shard(
@@ -45,10 +51,10 @@ class _Predicting:
             self._manifest,
             shard,
             self._predictor.preprocessings,
-            num_threads=self._run.num_threads,
-            isolated=should_isolate(self._run.decode, attempt),
+            num_threads=num_threads,
+            isolated=attempt > 1,
             log=log,
-            decoder=self._predictor.decoder,
+            decoder=self._decoder_at(attempt),
             pin_memory=self._predictor.uses_pinned_memory,
         )
 
@@ -67,7 +73,7 @@ class PredictFused(_Predicting):
 
         shard, log = shard_of(rows), LoadLog()
         with attempting(self._attempts, "all", shard) as attempt, self._predictor.own_stream():
-            return self._predict(shard, self._load(shard, attempt, log), log, attempt)
+            return self._predict(shard, self._load(shard, attempt, log, self._run.num_threads), log, attempt)
 
 
 def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
@@ -80,10 +86,8 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     preprocessings = _preprocessings_of(run.models)
     with attempting(attempts, "decode", shard) as attempt:
-        isolated, batch_size = should_isolate("cpu", attempt), shard.num_images
-        batches = load_shard(
-            run, manifest, shard, preprocessings, num_threads=1, isolated=isolated, log=log, batch_size=batch_size
-        )
+        options: dict[str, Any] = {"num_threads": 1, "isolated": attempt > 1, "batch_size": shard.num_images}
+        batches = load_shard(run, manifest, shard, preprocessings, log=log, **options)
         return DecodedShard.gather(shard, attempt, batches, preprocessings, log).to_row()
 
 
@@ -109,9 +113,9 @@ def prepare_shard(rows: Row, run: Run, attempts: Any) -> Row:
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     preprocessings = _preprocessings_of(run.models)
     with attempting(attempts, "decode", shard) as attempt:
-        isolated, encoded = should_isolate("cpu", attempt), fetch_shard(run, manifest, shard)
-        prepared = prepare_images(run, encoded, preprocessings, num_threads=1, isolated=isolated, log=log)
-        return PreparedShard.gather(shard, attempt, prepared, log).to_row()
+        encoded = fetch_shard(run, manifest, shard)
+        prepared = prepare_images(run, encoded, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
+        return PreparedShard.gather(shard, attempt, prepared, log)
 
 
 class PredictPrepared(_Predicting):
@@ -123,11 +127,12 @@ class PredictPrepared(_Predicting):
         prepared = PreparedShard.from_row(rows)
         shard, log = prepared.shard, prepared.log
         with attempting(self._attempts, "predict", shard) as attempt, self._predictor.own_stream():
-            if prepared.images is None or should_isolate("gpu", attempt):
-                batches = self._load(shard, attempt, log)
+            decoder = self._decoder_at(attempt)
+            if decoder is None or prepared.images is None:
+                num_threads = os.cpu_count() or 1  # none of which the shard's task has taken
+                batches = self._load(shard, attempt, log, num_threads)
             else:
-                assert self._predictor.decoder is not None
-                batches = self._predictor.decoder.batches(prepared.images, batch_size=self._run.batch_size, log=log)
+                batches = decoder.batches(prepared.images, batch_size=self._run.batch_size, log=log)
             return self._predict(shard, batches, log, max(attempt, prepared.attempt))
 
 
@@ -136,11 +141,6 @@ def _preprocessings_of(models: tuple[Model, ...]) -> list["Preprocessing"]:
     from pipeline.inference.predictor import distinct_preprocessings, load_unchanged
 
     return distinct_preprocessings([load_unchanged(model) for model in models])
-
-
-def should_isolate(decode: Literal["cpu", "gpu"], attempt: int) -> bool:
-    """Whether an attempt decodes in child processes, on CPUs; where a GPU decodes, only the last: its pixels differ."""
-    return attempt > (1 if decode == "cpu" else MAX_DEATHS - 1)
 
 
 @cache

@@ -1,5 +1,8 @@
 """Batches from a GPU that decodes, without the GPU: nvJPEG's operator is stood in for by the CPU's."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -58,13 +61,37 @@ def test_batches_and_errors_are_those_of_decoding_on_cpus(nvjpeg_on_cpu, names, 
     )
 
 
+def load_two_at_once(decoder, shards, **options):
+    """The batches and logs of shards that two threads have one decoder decode; on a GPU each thread in a stream."""
+
+    def load(items):
+        log = LoadLog()
+        prepared = prepare(items, [PREPROCESSING], OPTIONS, num_threads=1, log=log)
+        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        with torch.cuda.stream(stream):
+            return list(decoder.batches(prepared, log=log, **options)), log
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(load, shards))
+
+
+def test_two_shards_at_once_are_decoded_as_one_after_the_other_and_their_seconds_are_not_more(nvjpeg_on_cpu):
+    shards = [[*ALL.values()] * 20, [PLAIN["jpeg"]] * 300, [LOST, PLAIN["rotated"]] * 90]
+    decoder, start = GpuDecoder(CPU, [PREPROCESSING], OPTIONS), time.perf_counter()
+    found = load_two_at_once(decoder, shards, batch_size=50)
+    took_s = time.perf_counter() - start
+    for one, items in zip(found, shards, strict=True):
+        assert_same(one, load_on_cpu(items, batch_size=50))
+    assert 0 < sum(log.decode_s for _, log in found) <= took_s
+
+
 def test_what_nvjpeg_is_not_for_is_decoded_while_it_is_prepared():
     names, log = [*PLAIN, *OTHERS], LoadLog()
     prepared = list(prepare([ALL[name] for name in names], [PREPROCESSING], OPTIONS, num_threads=1, log=log))
     kinds = {name: type(item) for name, item in zip(names, prepared, strict=True)}
     assert {name for name, kind in kinds.items() if kind is PlainJpeg} == set(PLAIN)
     assert {name for name, kind in kinds.items() if kind is list} == {"cmyk", "not YCbCr", "png"}
-    assert log.decode_s > 0
+    assert (log.fetch_s > 0, log.decode_s) == (True, 0)
 
 
 def test_preparing_takes_the_decoder_it_is_given():
@@ -159,3 +186,15 @@ def test_on_a_gpu_batches_are_the_same_every_time_and_near_those_of_a_cpu():
         assert batch.pixels[0].is_cuda
         assert batch.rows == other.rows
         assert (batch.pixels[0].cpu().int() - other.pixels[0].int()).abs().max() <= 16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_two_shards_at_once_have_the_pixels_of_one_after_the_other():
+    gpu = torch.device("cuda")
+    decoder = GpuDecoder(gpu, [PREPROCESSING], OPTIONS)
+    shards = [
+        [encoded("JPEG", size=(100 + 2 * number, 150 - shard)) for number in range(100)] * 5 for shard in range(4)
+    ]
+    for _ in range(3):
+        for one, items in zip(load_two_at_once(decoder, shards, batch_size=128), shards, strict=True):
+            assert_same(one, load_on_gpu(items, batch_size=128, device=gpu))

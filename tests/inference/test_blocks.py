@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pipeline.data.gpu_loader import GpuDecoder, prepare
 from pipeline.data.loader import LoadLog
 from pipeline.data.manifest import Shard
-from pipeline.data.nvjpeg import PlainJpeg
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 from pipeline.inference import blocks
@@ -64,31 +63,24 @@ def test_a_decoded_shard_without_a_good_image_is_empty_and_not_missing():
     assert sorted(handed_over.log.errors) == [0, 1]
 
 
-def gather(items, num_bytes=0):
-    log = LoadLog()
-    prepared = prepare(items, PREPROCESSINGS, OPTIONS, num_threads=1, log=log)
-    return PreparedShard.gather(shard_of(len(items), num_bytes), 2, prepared, log)
-
-
-def in_pages(row):
-    """The row as Ray hands it on: large columns read-only."""
-    for column in row.values():
-        column.setflags(write=False)
-    return row
+def gather(items):
+    """A row as Ray hands it on, read-only, and the images it was made of."""
+    prepared = list(prepare(items, PREPROCESSINGS, OPTIONS, num_threads=1, log=LoadLog()))
+    row = PreparedShard.gather(shard_of(len(items)), 2, prepared, LoadLog(fetch_s=1.5, began_at=3.0))
+    row["block"].setflags(write=False)
+    return row, prepared
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(st.lists(st.sampled_from([*ALL, "lost"]), max_size=80))
 def test_a_gpu_is_handed_what_it_would_have_prepared_itself(nvjpeg_on_cpu, names):
-    items = [LOST if name == "lost" else ALL[name] for name in names]
-    sent = gather(items)
-    found = PreparedShard.from_row(in_pages(sent.to_row()))
-    assert (found.shard, found.attempt) == (shard_of(len(items)), 2)
-    assert found.log == sent.log
+    row, prepared = gather([LOST if name == "lost" else ALL[name] for name in names])
+    found = PreparedShard.from_row(row)
+    assert (found.shard, found.attempt, found.log) == (shard_of(len(names)), 2, LoadLog(fetch_s=1.5, began_at=3.0))
     decoder = GpuDecoder(CPU, PREPROCESSINGS, OPTIONS)
     (one, log), (other, other_log) = (
-        (list(decoder.batches(each.images, batch_size=7, log=log)), log)
-        for each, log in ((sent, LoadLog()), (found, LoadLog()))
+        (list(decoder.batches(images, batch_size=7, log=log)), log)
+        for images, log in ((prepared, LoadLog()), (found.images, LoadLog()))
     )
     assert [batch.rows for batch in one] == [batch.rows for batch in other]
     for batch, its_other in zip(one, other, strict=True):
@@ -97,23 +89,36 @@ def test_a_gpu_is_handed_what_it_would_have_prepared_itself(nvjpeg_on_cpu, names
 
 
 def test_the_bytes_of_jpegs_are_not_copied_once_more():
-    row = gather([PLAIN["jpeg"]] * 3).to_row()
+    row, _ = gather([PLAIN["jpeg"]] * 3)
     images = PreparedShard.from_row(row).images
-    assert all(np.shares_memory(np.frombuffer(image.data, np.uint8), row["encoded"]) for image in images)
+    assert all(np.shares_memory(np.frombuffer(image.data, np.uint8), row["block"]) for image in images)
 
 
-def test_a_shard_of_very_many_bytes_is_left_to_the_actor(monkeypatch):
-    monkeypatch.setattr(blocks, "_MOST_ENCODED_BYTES", 2 * len(PLAIN["jpeg"]))
-    items, taken = [PLAIN["jpeg"]] * 4, []
+def test_rays_blocks_take_a_shard_none_of_whose_images_is_there():
+    from ray.data.block import BlockAccessor
 
-    def one_by_one():
-        for item in items:
+    row, _ = gather([LOST, LOST])
+    block = BlockAccessor.batch_to_block(row)
+    again = BlockAccessor.for_block(block).to_batch_format("numpy")
+    assert [image.error for image in PreparedShard.from_row(again).images] == ["not_found", "not_found"]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_shard_of_too_much_to_hand_on_is_left_to_the_actor(monkeypatch, kind):
+    items = [ALL[kind]] * 4
+    size = len(PLAIN["jpeg"]) if kind == "jpeg" else 3 * (16 * 16 + 8 * 8)
+    monkeypatch.setattr(blocks, "_MOST_BYTES", 2 * size)
+    taken = []
+
+    def prepared(num_images):
+        for item in prepare(items[:num_images], PREPROCESSINGS, OPTIONS, num_threads=1, log=LoadLog()):
             taken.append(item)
-            yield PlainJpeg(item, 1200, 1)
+            yield item
 
-    assert PreparedShard.gather(shard_of(2, 2 * len(PLAIN["jpeg"])), 1, list(one_by_one())[:2], LoadLog()).images
-    taken.clear()
-    untold = PreparedShard.gather(shard_of(4), 1, one_by_one(), LoadLog())
-    told = PreparedShard.gather(shard_of(4, 10**6), 1, one_by_one(), LoadLog())
-    assert (untold.images, told.images, len(taken)) == (None, None, 3)
-    assert PreparedShard.from_row(untold.to_row()).images is None
+    def images(num_images, num_bytes):
+        shard = shard_of(num_images, num_bytes)
+        return PreparedShard.from_row(PreparedShard.gather(shard, 1, prepared(num_images), LoadLog())).images
+
+    assert len(images(2, 2 * size)) == len(taken) == 2
+    assert (images(4, 0), len(taken)) == (None, 2 + 3)
+    assert (images(4, 10**6), len(taken)) == (None, 5)

@@ -94,8 +94,9 @@ def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
 
     def prepare_as_much(rows, run, attempts):
         (processes / f"task-{os.getpid()}").touch()
-        blocks._MOST_ENCODED_BYTES = most_bytes
-        return prepare_shard(rows, run, attempts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "_MOST_BYTES", most_bytes)
+            return prepare_shard(rows, run, attempts)
 
     monkeypatch.setattr("pipeline.inference.flow.PredictPrepared", OnPretendedGpu)
     monkeypatch.setattr("pipeline.inference.flow.prepare_shard", prepare_as_much)

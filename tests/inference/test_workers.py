@@ -7,7 +7,7 @@ import ray
 
 from pipeline.data.manifest import Shard
 from pipeline.inference.flow import start_attempts
-from pipeline.inference.workers import attempting, should_isolate
+from pipeline.inference.workers import attempting
 
 
 class Shards:
@@ -38,10 +38,3 @@ def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are
     assert meet(1, 2, wait_s=0.2) == [False, False]
     ray.get([attempts.begin.remote("all", 1, is_alone=True)])  # and it died again
     assert meet(1, 5, wait_s=0.2) == [False, False]
-
-
-@pytest.mark.parametrize(("decode", "isolated_from"), [("cpu", 2), ("gpu", 3)])
-def test_decoding_is_isolated_after_a_death_and_where_gpus_decode_at_last(decode, isolated_from):
-    assert [should_isolate(decode, attempt) for attempt in (1, 2, 3)] == [
-        attempt >= isolated_from for attempt in (1, 2, 3)
-    ]
