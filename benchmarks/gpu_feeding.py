@@ -118,7 +118,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, default=10_000, help="images of the set made from them")
     parser.add_argument("--sources", nargs="+", choices=["packed", "loose"], default=["packed", "loose"])
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.num_images % _SHARD_SIZE:
+        parser.error(f"expected --num-images in shards of {_SHARD_SIZE}")
+    return arguments
 
 
 def make_sets(root: Path, arguments: argparse.Namespace) -> dict[str, str]:
@@ -214,7 +217,7 @@ def prepared_rows(plan: Plan, predictor: Predictor, shards: Sequence[Shard]) -> 
         encoded = fetch_shard(plan.run, plan.manifest, shard)
         preprocessings = predictor.preprocessings
         prepared = prepare_images(plan.run, encoded, preprocessings, num_threads=1, isolated=False, log=log)
-        rows.append(PreparedShard.gather(shard, 1, prepared, log))
+        rows.append(PreparedShard.row_of(shard, 1, prepared, log))
     return rows
 
 

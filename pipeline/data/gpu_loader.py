@@ -52,10 +52,10 @@ def prepare(
     find_plain = partial(nvjpeg.plain_jpeg, **options)
     with ThreadPoolExecutor(num_threads, "decode") as threads:  # started when first used
         for group in _groups(timed(encoded, log)):
+            start = time.perf_counter()
             sorted_out = [item if isinstance(item, ImageError) else find_plain(item) or item for item in group]
             others = [item for item in sorted_out if isinstance(item, bytes)]
-            start = time.perf_counter()
-            loaded = iter(list(threads.map(load, others)) if others else ())
+            loaded = iter(list(threads.map(load, others)))
             log.fetch_s += time.perf_counter() - start
             yield from (next(loaded) if isinstance(item, bytes) else item for item in sorted_out)
 

@@ -13,7 +13,7 @@ from pipeline.data.images import IsolatedDecoder
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, RunError
 
 _SHARDS_SAMPLED = 8
 
@@ -133,9 +133,11 @@ def load_image(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:
 
 
 def or_refusal(load: Callable[[], list[torch.Tensor]]) -> Loaded:
-    """What `load` makes of one image, or why it does not."""
+    """What `load` makes of one image, or why it does not. Raises RunError."""
     try:
         return load()
+    except RunError:  # a decoder's process cannot be started, which is no image's fault
+        raise
     except ImageError as error:
         return error
     except Exception as error:  # whatever one image does to a library is that image's

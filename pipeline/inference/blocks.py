@@ -80,8 +80,8 @@ class DecodedShard:
 class PreparedShard:
     """A shard whose JPEGs a GPU is to decode.
 
-    `images` are all of its images in order, as views of the row they came in; None where they are too many bytes to be
-    handed on, and the actor is to fetch them: of images so large the GPU decodes fewer than the actor can fetch.
+    `images` are all of its images in order, as views of the row they came in; None where they are too many bytes for
+    tasks to hold, and the actor is to fetch them.
     """
 
     shard: Shard
@@ -90,7 +90,7 @@ class PreparedShard:
     log: LoadLog
 
     @staticmethod
-    def gather(shard: Shard, attempt: int, prepared: Iterable[Prepared], log: LoadLog) -> Row:
+    def row_of(shard: Shard, attempt: int, prepared: Iterable[Prepared], log: LoadLog) -> Row:
         """What `gpu_loader.prepare` gives, as a Ray Data batch of one row; not read to its end where it is too much."""
         block, told = bytearray(), []
         is_whole = shard.num_bytes <= _MOST_BYTES
@@ -104,7 +104,7 @@ class PreparedShard:
 
     @classmethod
     def from_row(cls, row: Row) -> "PreparedShard":
-        """What `gather` made."""
+        """What `row_of` made."""
         head = json.loads(str(row["head"][0]))
         block = np.asarray(row["block"][0], np.uint8).data
         images: list[Prepared] | None = None

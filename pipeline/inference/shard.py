@@ -42,8 +42,8 @@ def load_shard(
     """Batches of one shard's images, of the run's size unless told otherwise: fetched and decoded, overlapped.
 
     They are decoded by `decoder` where there is one, and what that is not for by `num_threads`. These decode each image
-    in a child process where they are `isolated`, so that one that kills its decoder is named and harms no other. Raises
-    StorageError.
+    in a child process where they are `isolated`, so that one that kills its decoder is named and harms no other; not
+    those that nvJPEG refuses. Raises StorageError.
     """
     encoded = fetch_shard(run, manifest, shard)
     if decoder is not None:

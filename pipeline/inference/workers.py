@@ -1,6 +1,7 @@
 """What runs in Ray's workers: the tasks and actors that take a shard to its receipt."""
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from pipeline.data.transforms import Preprocessing
 
 SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
+_MOST_THREADS = 16
 _room = Room(SHARDS_AT_ONCE)  # of this process
 Row: TypeAlias = dict[str, Any]
 """A batch of one row, a shard in any of its states."""
+
+logger = logging.getLogger(__name__)
 
 
 class _Predicting:
@@ -115,7 +119,7 @@ def prepare_shard(rows: Row, run: Run, attempts: Any) -> Row:
     with attempting(attempts, "decode", shard) as attempt:
         encoded = fetch_shard(run, manifest, shard)
         prepared = prepare_images(run, encoded, preprocessings, num_threads=1, isolated=attempt > 1, log=log)
-        return PreparedShard.gather(shard, attempt, prepared, log)
+        return PreparedShard.row_of(shard, attempt, prepared, log)
 
 
 class PredictPrepared(_Predicting):
@@ -128,12 +132,21 @@ class PredictPrepared(_Predicting):
         shard, log = prepared.shard, prepared.log
         with attempting(self._attempts, "predict", shard) as attempt, self._predictor.own_stream():
             decoder = self._decoder_at(attempt)
+            if prepared.images is None:
+                _say_that_shards_are_too_large()
             if decoder is None or prepared.images is None:
-                num_threads = os.cpu_count() or 1  # none of which the shard's task has taken
+                num_threads = min(_MOST_THREADS, os.cpu_count() or 1)  # tasks that hand on nothing leave CPUs idle
                 batches = self._load(shard, attempt, log, num_threads)
             else:
                 batches = decoder.batches(prepared.images, batch_size=self._run.batch_size, log=log)
             return self._predict(shard, batches, log, max(attempt, prepared.attempt))
+
+
+@cache  # once in a process
+def _say_that_shards_are_too_large() -> None:
+    logger.warning(
+        "shards are too large for tasks to fetch: an actor does, more slowly; make a manifest of smaller ones"
+    )
 
 
 @cache  # a process has many tasks of one run

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import images, nvjpeg
-from pipeline.data.gpu_loader import GpuDecoder, prepare
+from pipeline.data.gpu_loader import GpuDecoder, _BusyClock, prepare
 from pipeline.data.loader import LoadLog, load_batches
 from pipeline.data.nvjpeg import PlainJpeg
 from pipeline.data.transforms import Preprocessing
@@ -85,6 +85,23 @@ def test_two_shards_at_once_are_decoded_as_one_after_the_other_and_their_seconds
     assert 0 < sum(log.decode_s for _, log in found) <= took_s
 
 
+def test_the_clock_runs_once_however_many_are_at_work_and_not_while_none_is(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = _BusyClock()
+
+    def at(second, what):
+        now[0] = second
+        return what()
+
+    at(1, clock.start)
+    at(2, clock.start)
+    assert at(5, clock.stop) == 4
+    assert at(7, clock.stop) == 2
+    at(10, clock.start)
+    assert at(11, clock.stop) == 1
+
+
 def test_what_nvjpeg_is_not_for_is_decoded_while_it_is_prepared():
     names, log = [*PLAIN, *OTHERS], LoadLog()
     prepared = list(prepare([ALL[name] for name in names], [PREPROCESSING], OPTIONS, num_threads=1, log=log))
@@ -103,6 +120,14 @@ def test_preparing_takes_the_decoder_it_is_given():
     )
     assert isinstance(plain, PlainJpeg)
     assert (other.error, other.message) == ("crashed", "the decoder died")
+
+
+def test_a_decoder_that_cannot_be_started_is_no_images_fault():
+    def decode(data, *, max_pixels, shrink_to):
+        raise RunError("the isolated decoder did not start")
+
+    with pytest.raises(RunError, match="did not start"):
+        list(prepare([OTHERS["png"]], [PREPROCESSING], OPTIONS, num_threads=1, log=LoadLog(), decode=decode))
 
 
 def test_an_image_that_the_gpu_refuses_is_decoded_on_the_cpu_and_its_neighbours_are_not(nvjpeg_on_cpu, monkeypatch):

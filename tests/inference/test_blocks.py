@@ -66,7 +66,7 @@ def test_a_decoded_shard_without_a_good_image_is_empty_and_not_missing():
 def gather(items):
     """A row as Ray hands it on, read-only, and the images it was made of."""
     prepared = list(prepare(items, PREPROCESSINGS, OPTIONS, num_threads=1, log=LoadLog()))
-    row = PreparedShard.gather(shard_of(len(items)), 2, prepared, LoadLog(fetch_s=1.5, began_at=3.0))
+    row = PreparedShard.row_of(shard_of(len(items)), 2, prepared, LoadLog(fetch_s=1.5, began_at=3.0))
     row["block"].setflags(write=False)
     return row, prepared
 
@@ -117,7 +117,7 @@ def test_a_shard_of_too_much_to_hand_on_is_left_to_the_actor(monkeypatch, kind):
 
     def images(num_images, num_bytes):
         shard = shard_of(num_images, num_bytes)
-        return PreparedShard.from_row(PreparedShard.gather(shard, 1, prepared(num_images), LoadLog())).images
+        return PreparedShard.from_row(PreparedShard.row_of(shard, 1, prepared(num_images), LoadLog())).images
 
     assert len(images(2, 2 * size)) == len(taken) == 2
     assert (images(4, 0), len(taken)) == (None, 2 + 3)

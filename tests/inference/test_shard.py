@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.data import nvjpeg
+from pipeline.data.gpu_loader import GpuDecoder
 from pipeline.data.images import decode
 from pipeline.data.loader import Batch, LoadLog, load_batches, sample_pixels
 from pipeline.data.manifest import Shard
@@ -21,9 +22,9 @@ from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
 from pipeline.inference.commit import Receipt, read_receipts
-from pipeline.inference.predictor import Predictor
-from pipeline.inference.shard import decode_batches, load_shard, predict_shard
-from pipeline.models.bundle import load_network
+from pipeline.inference.predictor import Predictor, distinct_preprocessings
+from pipeline.inference.shard import decode_batches, fetch_shard, load_shard, predict_shard
+from pipeline.models.bundle import Bundle, load_network
 from pipeline.tables import open_table
 from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
 
@@ -132,6 +133,26 @@ def test_large_jpegs_are_reduced_as_far_as_the_config_says(world, reduced_decode
     decoded = decode(file.getvalue(), max_pixels=10**6, shrink_to=shrink_to)
     assert decoded.shape[1] == {None: 300, 64: 75, 128: 150}[shrink_to]
     assert torch.equal(batch.pixels[0][0], preprocessing.apply(decoded))
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_isolated_decoding_leaves_a_gpu_its_jpegs_and_has_a_child_for_the_rest(world, nvjpeg_on_cpu, has_gpu):
+    plan = plan_of(world)
+    run, shard = plan.run, next(plan.pending_shards())
+    preprocessings = distinct_preprocessings([Bundle.load(run.models[0].uri)])
+    decoder = GpuDecoder(torch.device("cpu"), preprocessings, run.images.decode_options(preprocessings))
+    encoded = [data for data in fetch_shard(run, plan.manifest, shard) if isinstance(data, bytes)]
+    plain = [data for data in encoded if nvjpeg.plain_jpeg(data, max_pixels=10**8)]
+    nvjpeg_on_cpu.seen.clear()
+    found = {}
+    for isolated in (False, True):
+        log = LoadLog()
+        options = {"num_threads": 1, "isolated": isolated, "log": log, "decoder": decoder if has_gpu else None}
+        batches = list(load_shard(run, plan.manifest, shard, preprocessings, **options))
+        found[isolated] = (torch.cat([batch.pixels[0] for batch in batches]), repr(sorted(log.errors.items())))
+    assert torch.equal(found[False][0], found[True][0])
+    assert found[False][1] == found[True][1]
+    assert sorted(nvjpeg_on_cpu.seen) == sorted(2 * plain if has_gpu else [])
 
 
 def test_a_network_that_answers_nan_makes_error_rows(world, monkeypatch):

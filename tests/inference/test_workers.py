@@ -1,13 +1,14 @@
 """What Ray's workers do about shards that kill them."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from pipeline.data.manifest import Shard
 from pipeline.inference.flow import start_attempts
-from pipeline.inference.workers import attempting
+from pipeline.inference.workers import PredictFused, attempting
 
 
 class Shards:
@@ -38,3 +39,9 @@ def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are
     assert meet(1, 2, wait_s=0.2) == [False, False]
     ray.get([attempts.begin.remote("all", 1, is_alone=True)])  # and it died again
     assert meet(1, 5, wait_s=0.2) == [False, False]
+
+
+def test_gpus_decode_at_all_attempts_but_the_last():
+    actor = object.__new__(PredictFused)
+    actor._predictor = SimpleNamespace(decoder="the GPU's")
+    assert [actor._decoder_at(attempt) for attempt in (1, 2, 3)] == ["the GPU's", "the GPU's", None]
