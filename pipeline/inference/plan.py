@@ -58,7 +58,7 @@ class Run(BaseModel):
     agreement: AgreementLimits = AgreementLimits()
     batch_size: int
     num_threads: int
-    """Of torch, per actor: sums are ordered by it, so it decides the last bits and stays for the whole run."""
+    """Of torch, per actor: on CPUs sums are ordered by it, so it decides the last bits and stays for the whole run."""
 
     @property
     def uri(self) -> str:
@@ -112,8 +112,8 @@ def resolve_inputs(config: PredictConfig) -> tuple[Manifest, tuple[Model, ...]]:
 def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Plan:
     """The plan of `config` in `layout`: a new run's, or what an earlier attempt left over. Writes nothing.
 
-    A run keeps the number of torch threads it began with, whatever the cluster offers now, how it computes, and, as far
-    as the layout can, where it decodes.
+    A run keeps how it computes, on CPUs also the number of torch threads it began with, whatever the cluster offers
+    now, and, as far as the layout can, where it decodes.
 
     Raises ConfigError where the run exists with another config, naming the fields.
     """
@@ -121,7 +121,7 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     earlier = _read_run(run.uri)
     if earlier is None:
         return Plan(run, manifest, committed=set())
-    kept: dict[str, Any] = {"num_threads": earlier.num_threads}
+    kept: dict[str, Any] = {"num_threads": earlier.num_threads} if run.device == "cpu" else {}
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
     if config.compute.compile == config.compute.precision == "auto":
@@ -240,6 +240,8 @@ def _deciding_fields(run: Run) -> dict[str, Any]:
     fields = run.model_dump(exclude={"manifest_uri"})
     fields["models"] = [model.model_dump(exclude={"uri"}) for model in run.models]
     fields["images"] = run.images.deciding_fields()
+    if run.device == "cuda":
+        del fields["num_threads"]
     return fields
 
 

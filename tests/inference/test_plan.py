@@ -90,6 +90,15 @@ def test_a_run_keeps_the_number_of_threads_it_began_with_on_any_cluster(world):
     assert resumed.run.num_threads == plan_of(world, run_id="threads").run.num_threads == 2
 
 
+def test_a_run_on_gpus_takes_the_threads_that_the_cluster_offers_now(world):
+    config = config_of(world, run_id="gpu-threads", compute={"device": "cuda"})
+    on_gpus = replace(ONE_ACTOR, device="cuda")
+    record_run(make_plan(config, *resolve_inputs(config), on_gpus), config)
+    resumed = make_plan(config, *resolve_inputs(config), replace(on_gpus, cpus_per_actor=7))
+    assert resumed.run.num_threads == 7
+    record_run(resumed, config)
+
+
 def test_a_run_that_gpus_decoded_is_not_gone_on_with_by_cpus(world):
     config = config_of(world, run_id="nvjpeg")
     plan = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, decode="gpu"))
