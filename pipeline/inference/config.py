@@ -73,8 +73,8 @@ class ComputeConfig(Section):
     """Device of the networks; auto takes GPUs where the cluster has any."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; gpu: by the GPUs that predict; auto: so in the fused form where there is a single CPU to
-    an actor. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared. A GPU
-    that decodes wants a C compiler on its node."""
+    an actor. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared. A GPU that
+    decodes wants a C compiler on its node."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks fetch for the actors, and decode what
     the actors' GPUs do not; for GPUs that decode they fetch shards of up to 512 MB."""

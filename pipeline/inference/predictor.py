@@ -78,7 +78,7 @@ class Predictor:
     def __init__(self, run: Run, manifest: Manifest) -> None:
         self.bundles = [load_unchanged(model) for model in run.models]
         self.preprocessings = distinct_preprocessings(self.bundles)
-        self._places = [self.preprocessings.index(bundle.preprocessing) for bundle in self.bundles]
+        self._input_of_each = [self.preprocessings.index(bundle.preprocessing) for bundle in self.bundles]
         self._tables = run.tables
         self._device = torch.device(run.device)
         self._streams = threading.local()
@@ -134,12 +134,13 @@ class Predictor:
 
     def __call__(self, pixels: Sequence[torch.Tensor]) -> list[ModelOutput]:
         """One output per bundle for a batch: uint8 N×3×H×W per preprocessing, in the order of `preprocessings`."""
+        assert len(pixels) == len(self.preprocessings)
         torch.set_num_threads(self._num_threads)  # a thread's own: shards are worked on in several
         with torch.inference_mode(), self.own_stream():
-            there = [each.to(self._device, non_blocking=True, memory_format=torch.channels_last) for each in pixels]
+            inputs = [each.to(self._device, non_blocking=True, memory_format=torch.channels_last) for each in pixels]
             return [
-                self._output_of(*program(there[place]))
-                for program, place in zip(self._programs, self._places, strict=True)
+                self._output_of(*program(inputs[index]))
+                for program, index in zip(self._programs, self._input_of_each, strict=True)
             ]
 
     def own_stream(self) -> AbstractContextManager[Any]:
