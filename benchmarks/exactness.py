@@ -117,7 +117,7 @@ def measure(
     start = time.perf_counter()
     preset = preset_of(architecture)
     if sizes is not None:
-        preset.resize_size, preset.crop_size = ([size] for size in sizes)
+        preset = with_fields(preset, resize_size=[sizes[0]], crop_size=[sizes[1]])
     encoded = dict(read_images(images))
     with tempfile.TemporaryDirectory(prefix="exactness-") as folder:
         network = draw_network(architecture, seed)

@@ -134,11 +134,9 @@ def _seconds(start: float) -> dict[str, float]:
 
 def config_of(folder: str) -> PredictConfig:
     places = {"manifest": "manifest", "registry": "registry", "output": "tables"}
-    return PredictConfig(
-        bundles=["net"],
-        run_id="scale",
-        compute={"compile": "never"},
-        **{name: f"{folder}/{place}" for name, place in places.items()},
+    fields = {name: f"{folder}/{place}" for name, place in places.items()}
+    return PredictConfig.model_validate(
+        {"bundles": ["net"], "run_id": "scale", "compute": {"compile": "never"}, **fields}
     )
 
 
@@ -155,7 +153,7 @@ def plan(folder: str) -> int:
 
 def run(folder: str, work_s: float = 0.0) -> int:
     NullFused.work_s = work_s
-    flow.PredictFused = NullFused  # type: ignore[misc]
+    flow.PredictFused = NullFused  # type: ignore[attr-defined,assignment]
     config = config_of(folder)
     with connected_ray() as nodes:
         summary = flow.predict(config, *resolve_inputs(config), nodes)
@@ -163,7 +161,7 @@ def run(folder: str, work_s: float = 0.0) -> int:
     begun = commits[-summary["num_pending"]]
     rate = (summary["num_pending"] - 1) / (commits[-1] - begun)
     figures = {"commits_per_s": round(rate, 1), "duration_s": summary["duration_s"], "pending": summary["num_pending"]}
-    images = summary["num_pending"] * summary["num_images"] // summary["num_shards"]
+    images: int = summary["num_pending"] * summary["num_images"] // summary["num_shards"]
     print(json.dumps(figures | {"microseconds_per_image": round(1e6 * (commits[-1] - begun) / images, 1)}), flush=True)
     return images
 
