@@ -1,9 +1,14 @@
 """Small labelled sets, and training runs over them, for tests of training."""
 
+import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 from jobs.demo_images import draw_set
@@ -77,3 +82,20 @@ def train_here(config: TrainConfig, worker: Worker | None = None) -> TrainingRun
     run = make_run(config).model_copy(update={"device": "cpu"})
     train(run, worker or Worker(), TrainingSet.open(config.train), TrainingSet.open(config.evaluate_on))
     return run
+
+
+def train_together(run: TrainingRun, world_size: int) -> None:
+    """Train on `world_size` processes over Gloo."""
+    store = Path(run.uri.removeprefix("file://")).parent / f"rendezvous-{run.config.run_id}"
+    store.parent.mkdir(exist_ok=True)
+    mp.spawn(_be_a_rank, args=(run.model_dump_json(), world_size, str(store)), nprocs=world_size)
+
+
+def _be_a_rank(rank: int, run_json: str, world_size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    run = TrainingRun.model_validate_json(run_json)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    worker = replace(Worker(), rank=rank, world_size=world_size)
+    train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
+    gc.collect()  # what is left of the replica holds the group, which must not live until the interpreter ends
+    dist.destroy_process_group()

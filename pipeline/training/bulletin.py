@@ -13,7 +13,7 @@ class Bulletin:
     def __init__(self) -> None:
         self._told: list[Status] = []
         self._should_stop = self._has_begun = False
-        self._ended: tuple[PipelineError | None, Any] = None, None
+        self._ended: tuple[PipelineError | None, bytes] = None, b""
 
     def tell(self, status: Status) -> bool:
         """Keep it for the driver; whether a stop was asked for."""
@@ -33,11 +33,14 @@ class Bulletin:
         """Ask for a stop at the next look."""
         self._should_stop = True
 
-    def end(self, failure: PipelineError | None, result: Any) -> None:
-        """Rank 0 is done, or a rank has failed of what starting again would not change; the first failure stays."""
+    def end(self, failure: PipelineError | None, result: bytes) -> None:
+        """Rank 0 is done, or a rank has failed of what starting again would not change; the first failure stays.
+
+        The result comes pickled: what it is made of may want torch.
+        """
         if self._ended[0] is None:
             self._ended = failure, result
 
-    def ended(self) -> tuple[PipelineError | None, Any]:
+    def ended(self) -> tuple[PipelineError | None, bytes]:
         """What `end` was told."""
         return self._ended

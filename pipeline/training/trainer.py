@@ -10,6 +10,7 @@ group that is started again goes on from the last one.
 import logging
 import math
 import os
+import pickle
 import tempfile
 import threading
 import time
@@ -124,7 +125,7 @@ def run_workers(
     failure, result = ray.get(bulletin.ended.remote())
     if failure is not None:
         raise failure
-    return cast(T, result)
+    return cast(T, pickle.loads(result))
 
 
 def _follow(fit: futures.Future[None], bulletin: Any, workers: Workers, observe: Callable[[Status], None]) -> None:
@@ -194,7 +195,7 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
             raise  # perhaps it passes: start again
         failure = error
     if worker.rank == 0 or failure is not None:
-        ray.get(bulletin.end.remote(failure, result))
+        ray.get(bulletin.end.remote(failure, pickle.dumps(result)))
 
 
 def _fit(work: Callable[[], None], workers: Workers, name: str, max_failures: int, folder: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from pipeline.inference.commit import committed_shard_ids, read_receipts
 from pipeline.inference.plan import read_run
@@ -29,9 +30,9 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def cluster(request) -> Iterator[Any]:
-    """Nodes of as many CPUs as the parameter says, the first of them the head."""
+@pytest.fixture(scope="module")
+def cluster(request) -> Iterator[str]:
+    """The address of nodes of as many CPUs as the parameter says, the first of them the head."""
     from ray.cluster_utils import Cluster
 
     head, *others = request.param
@@ -39,13 +40,13 @@ def cluster(request) -> Iterator[Any]:
     for cpus in others:
         cluster.add_node(num_cpus=cpus)
     cluster.wait_for_nodes()
-    yield cluster
+    yield cluster.address
     cluster.shutdown()
 
 
-def predict(world: Path, run_id: str, cluster: Any, **fields: Any) -> dict[str, Any]:
+def predict(world: Path, run_id: str, cluster: str, **fields: Any) -> dict[str, Any]:
     places = {name: world / name for name in ("manifest", "registry")}
-    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    env = {**os.environ, "RAY_ADDRESS": cluster}
     return run_job("predict", **places, output=world / "tables", bundles="tiny", run_id=run_id, env=env, **fields)
 
 
@@ -54,6 +55,13 @@ def test_a_cluster_of_one_cpu_finishes(world, cluster):
     summary = predict(world, "one-cpu", cluster)
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 57, 3)
     assert run_job("verify", output=world / "tables", run_id="one-cpu")["status"] == "verified"
+
+
+@pytest.mark.parametrize("cluster", [[1]], indirect=True)
+def test_what_does_not_fit_the_cluster_is_refused_at_once(world, cluster):
+    refusal = predict(world, "too-big", cluster, compute__actors=4, expected_code=2)
+    assert "4 actors of 1 CPUs each do not fit this cluster, 1 do" in refusal["message"]
+    assert not (world / "tables/_runs/too-big").exists()
 
 
 MEETING = """
@@ -84,7 +92,7 @@ def test_several_nodes_share_the_shards(world, tmp_path, cluster):
     flags = [f"--{name}={world / name}" for name in ("manifest", "registry")]
     flags += [f"--output={world / 'tables'}", "--bundles=tiny", "--run_id=shared"]
     script = MEETING.replace("FOLDER", repr(str(tmp_path)))
-    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    env = {**os.environ, "RAY_ADDRESS": cluster}
     done = subprocess.run([sys.executable, "-c", script, *flags], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = read_run(f"file://{world}/tables", "shared")
@@ -93,18 +101,11 @@ def test_several_nodes_share_the_shards(world, tmp_path, cluster):
     assert len({receipt.node for receipt in receipts}) == 3
 
 
-@pytest.mark.parametrize("cluster", [[1]], indirect=True)
-def test_what_does_not_fit_the_cluster_is_refused_at_once(world, cluster):
-    refusal = predict(world, "too-big", cluster, compute__actors=4, expected_code=2)
-    assert "4 actors of 1 CPUs each do not fit this cluster, 1 do" in refusal["message"]
-    assert not (world / "tables/_runs/too-big").exists()
-
-
-@pytest.mark.parametrize("cluster", [[2]], indirect=True)
-def test_the_same_run_twice_at_once_ends_whole(world, cluster):
+def test_the_same_run_twice_at_once_ends_whole(world, local_ray):
+    two_cpus = ray.get_runtime_context().gcs_address
     with ThreadPoolExecutor(2) as pool:
         options = {"compute__actors": 1, "compute__cpus_per_actor": 1}
-        twins = [pool.submit(predict, world, "twins", cluster, **options) for _ in range(2)]
+        twins = [pool.submit(predict, world, "twins", two_cpus, **options) for _ in range(2)]
         assert [twin.result()["num_predicted"] for twin in twins] == [57, 57]
     assert run_job("verify", output=world / "tables", run_id="twins")["status"] == "verified"
 

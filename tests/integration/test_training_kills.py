@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config import load
 from pipeline.training import checkpoint
+from pipeline.training.config import TrainConfig
+from pipeline.training.run import make_run
 from tests.integration.kills import descendants, kill, raylet_of
-from tests.training_worlds import make_square_sets
+from tests.training_worlds import make_square_sets, train_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(2400)]
 
@@ -30,11 +33,12 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(root) -> dict[str, torch.Tensor]:
-    train(root, "undisturbed")
+    """The weights that as many ranks come to without Ray."""
+    train_together(make_run(load(TrainConfig, flags_of(root, "undisturbed"))), 2)
     return last_weights(root, "undisturbed")
 
 
-def command(root: Path, run_id: str, **more: Any) -> list[str]:
+def flags_of(root: Path, run_id: str, **more: Any) -> list[str]:
     fields = {"train": "train", "evaluate_on": "evaluation", "output": "runs", "registry": "registry"}
     flags = {
         **{name: root / folder for name, folder in fields.items()},
@@ -54,17 +58,13 @@ def command(root: Path, run_id: str, **more: Any) -> list[str]:
         "progress_interval_s": 0.2,
         **more,
     }
-    return [
-        sys.executable,
-        "-m",
-        "jobs.train",
-        *(text for name, value in flags.items() for text in (f"--{name}", str(value))),
-    ]
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
 
 def start(root: Path, run_id: str, **more: Any) -> subprocess.Popen[bytes]:
     with (root / f"{run_id}.log").open("ab") as log, (root / f"{run_id}.out").open("wb") as out:
-        return subprocess.Popen(command(root, run_id, **more), stdout=out, stderr=log)
+        command = [sys.executable, "-m", "jobs.train", *flags_of(root, run_id, **more)]
+        return subprocess.Popen(command, stdout=out, stderr=log)
 
 
 def finish(root: Path, run_id: str, driver: subprocess.Popen[bytes], *, expected_code: int = 0) -> dict[str, Any]:
@@ -73,10 +73,6 @@ def finish(root: Path, run_id: str, driver: subprocess.Popen[bytes], *, expected
     assert code == expected_code, stdout + (root / f"{run_id}.log").read_text()[-4000:]
     summary: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return summary
-
-
-def train(root: Path, run_id: str, **more: Any) -> dict[str, Any]:
-    return finish(root, run_id, start(root, run_id, **more))
 
 
 def last_weights(root: Path, run_id: str) -> dict[str, torch.Tensor]:
@@ -137,8 +133,8 @@ def test_whatever_dies_the_weights_are_an_undisturbed_runs(root, undisturbed, tw
     assert largest_difference(undisturbed, last_weights(root, "struck")) <= 1e-6
 
 
-def test_more_workers_than_the_cluster_has_are_refused_at_once(root, two_nodes, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+@pytest.mark.usefixtures("jobs_share_ray")
+def test_more_workers_than_the_cluster_has_are_refused_at_once(root):
     refused = start(root, "crowd", **{"compute.num_workers": 5})
     message = finish(root, "crowd", refused, expected_code=2)["message"]
     assert "5 workers of 1 CPUs each do not fit this cluster, 2 do" in message

@@ -306,43 +306,42 @@ def test_the_driver_does_without_torch():
 
 
 @pytest.fixture
-def cluster_env(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """The environment of a cluster of as many CPUs as the parameter says."""
+def one_cpu() -> Iterator[dict[str, str]]:
+    """The environment of a cluster of one CPU."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": request.param, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield {**os.environ, "RAY_ADDRESS": cluster.address}
     cluster.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("cluster_env", [1], indirect=True)
-def test_a_packing_killed_on_one_cpu_goes_on_to_the_bytes_of_an_undisturbed_one(world, tmp_path, cluster_env):
+def test_a_packing_killed_on_one_cpu_goes_on_to_the_bytes_of_an_undisturbed_one(world, tmp_path, one_cpu, without_ray):
     fields = {"manifest": world / "manifest", "shard_size": 1, "reencode__shorter_side": 24}
     killed = tmp_path / "killed"
     flags = [f"--{name.replace('__', '.')}={value}" for name, value in {**fields, "output": killed}.items()]
     for signal_number in (signal.SIGKILL, signal.SIGTERM):
         num_before = len(list(killed.glob("_pack/commits/*.json")))
-        driver = subprocess.Popen([sys.executable, "-m", "jobs.pack", *flags], env=cluster_env, **QUIET)
+        driver = subprocess.Popen([sys.executable, "-m", "jobs.pack", *flags], env=one_cpu, **QUIET)
         while driver.poll() is None and len(list(killed.glob("_pack/commits/*.json"))) < num_before + 3:
             time.sleep(0.05)
         driver.send_signal(signal_number)
         driver.wait(60)
         assert not (killed / "manifest.json").exists()
-    assert run_job("pack", output=killed, env=cluster_env, **fields)["num_packed"] == 27
+    assert run_job("pack", output=killed, env=one_cpu, **fields)["num_packed"] == 27
     undisturbed = tmp_path / "undisturbed"
-    assert run_job("pack", output=undisturbed, env=cluster_env, **fields)["num_packed"] == 27
+    assert pack(world, undisturbed, "--shard_size", "1", "--reencode.shorter_side", "24")["num_packed"] == 27
     assert files(killed) == files(undisturbed)
     assert len(packed_images(killed)) == 27
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("cluster_env", [2], indirect=True)
-def test_the_same_packing_twice_at_once_ends_whole(world, tmp_path, cluster_env):
+@pytest.mark.usefixtures("jobs_share_ray")
+def test_the_same_packing_twice_at_once_ends_whole(world, tmp_path):
     fields = {"manifest": world / "manifest", "output": tmp_path / "twins", "shard_size": 8}
     with ThreadPoolExecutor(2) as pool:
-        twins = [pool.submit(run_job, "pack", env=cluster_env, **fields) for _ in range(2)]
+        twins = [pool.submit(run_job, "pack", **fields) for _ in range(2)]
         assert [twin.result()["num_packed"] for twin in twins] == [30, 30]
     assert len(packed_images(tmp_path / "twins")) == 30

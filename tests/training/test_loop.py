@@ -1,24 +1,20 @@
 """The loop does what a plain PyTorch loop does, alone or with others, disturbed or not."""
 
-import gc
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError
 from pipeline.training import checkpoint
 from pipeline.training.feed import batches_of, make_loader
-from pipeline.training.loop import Trainee, make_network, train
+from pipeline.training.loop import Trainee, make_network
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Notice, Worker
-from tests.training_worlds import make_sets, make_square_sets, train_config, train_here
+from tests.training_worlds import make_sets, make_square_sets, train_config, train_here, train_together
 
 AUGMENTED = {
     "augment": {"crop": "pad", "size": 32, "policy": "trivial_augment", "random_erasing": 0.5, "mixup": 0.2},
@@ -172,7 +168,7 @@ def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
     fields = {**GENTLE, "augment": {"crop": "pad", "size": 32, "random_erasing": 0.5}}
     alone = train_here(train_config(root, run_id=f"alone-{world_size}", **fields))
     together = make_run(train_config(root, run_id=f"together-{world_size}", **fields))
-    _train_together(together, world_size)
+    train_together(together, world_size)
     assert largest_difference(last_state(alone)["network"], last_state(together)["network"]) < 1e-5
     assert largest_difference(last_state(alone)["network"], make_network(alone).state_dict()) > 1e-3
     counted = [[entry["num_images"] for entry in last_state(run)["evaluations"]] for run in (alone, together)]
@@ -190,21 +186,5 @@ def test_a_run_goes_on_with_another_number_of_ranks_at_the_very_next_sample(root
     undisturbed = train_here(train_config(root, run_id="one-rank", **fields))
     run = train_here(train_config(root, run_id="one-then-two", **fields), stopping_at(4))
     assert last_state(run)["step"] == 4
-    _train_together(run, 2)
+    train_together(run, 2)
     assert largest_difference(last_state(undisturbed)["network"], last_state(run)["network"]) < 1e-5
-
-
-def _train_together(run: TrainingRun, world_size: int) -> None:
-    """Train on `world_size` processes over Gloo."""
-    store = Path(run.uri.removeprefix("file://")).parent / f"rendezvous-{run.config.run_id}"
-    mp.spawn(_be_a_rank, args=(run.model_dump_json(), world_size, str(store)), nprocs=world_size)
-
-
-def _be_a_rank(rank: int, run_json: str, world_size: int, store: str) -> None:
-    torch.set_num_threads(1)
-    run = TrainingRun.model_validate_json(run_json)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    worker = replace(Worker(), rank=rank, world_size=world_size)
-    train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
-    gc.collect()  # what is left of the replica holds the group, which must not live until the interpreter ends
-    dist.destroy_process_group()
