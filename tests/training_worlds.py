@@ -1,6 +1,7 @@
 """Small labelled sets, and training runs over them, for tests of training."""
 
 import gc
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,8 @@ def train_here(config: TrainConfig, worker: Worker | None = None) -> TrainingRun
 
 def train_together(run: TrainingRun, world_size: int) -> None:
     """Train on `world_size` processes over Gloo."""
-    store = Path(run.uri.removeprefix("file://")).parent / f"rendezvous-{run.config.run_id}"
-    store.parent.mkdir(exist_ok=True)
-    mp.spawn(_be_a_rank, args=(run.model_dump_json(), world_size, str(store)), nprocs=world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_be_a_rank, args=(run.model_dump_json(), world_size, f"{folder}/rendezvous"), nprocs=world_size)
 
 
 def _be_a_rank(rank: int, run_json: str, world_size: int, store: str) -> None:

@@ -30,8 +30,8 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def cluster(request) -> Iterator[str]:
+@pytest.fixture
+def address(request) -> Iterator[str]:
     """The address of nodes of as many CPUs as the parameter says, the first of them the head."""
     from ray.cluster_utils import Cluster
 
@@ -44,24 +44,20 @@ def cluster(request) -> Iterator[str]:
     cluster.shutdown()
 
 
-def predict(world: Path, run_id: str, cluster: str, **fields: Any) -> dict[str, Any]:
+def predict(world: Path, run_id: str, address: str, **fields: Any) -> dict[str, Any]:
     places = {name: world / name for name in ("manifest", "registry")}
-    env = {**os.environ, "RAY_ADDRESS": cluster}
+    env = {**os.environ, "RAY_ADDRESS": address}
     return run_job("predict", **places, output=world / "tables", bundles="tiny", run_id=run_id, env=env, **fields)
 
 
-@pytest.mark.parametrize("cluster", [[1]], indirect=True)
-def test_a_cluster_of_one_cpu_finishes(world, cluster):
-    summary = predict(world, "one-cpu", cluster)
-    assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 57, 3)
-    assert run_job("verify", output=world / "tables", run_id="one-cpu")["status"] == "verified"
-
-
-@pytest.mark.parametrize("cluster", [[1]], indirect=True)
-def test_what_does_not_fit_the_cluster_is_refused_at_once(world, cluster):
-    refusal = predict(world, "too-big", cluster, compute__actors=4, expected_code=2)
+@pytest.mark.parametrize("address", [[1]], indirect=True)
+def test_a_cluster_of_one_cpu_refuses_at_once_what_does_not_fit_and_finishes_what_does(world, address):
+    refusal = predict(world, "too-big", address, compute__actors=4, expected_code=2)
     assert "4 actors of 1 CPUs each do not fit this cluster, 1 do" in refusal["message"]
     assert not (world / "tables/_runs/too-big").exists()
+    summary = predict(world, "one-cpu", address)
+    assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 57, 3)
+    assert run_job("verify", output=world / "tables", run_id="one-cpu")["status"] == "verified"
 
 
 MEETING = """
@@ -86,13 +82,13 @@ run_job(PredictConfig, predict.main)
 """
 
 
-@pytest.mark.parametrize("cluster", [[0, 1, 1, 1]], indirect=True)
-def test_several_nodes_share_the_shards(world, tmp_path, cluster):
+@pytest.mark.parametrize("address", [[0, 1, 1, 1]], indirect=True)
+def test_several_nodes_share_the_shards(world, tmp_path, address):
     """Each waits for the others to have begun: work this short might else be done before the last has started."""
     flags = [f"--{name}={world / name}" for name in ("manifest", "registry")]
     flags += [f"--output={world / 'tables'}", "--bundles=tiny", "--run_id=shared"]
     script = MEETING.replace("FOLDER", repr(str(tmp_path)))
-    env = {**os.environ, "RAY_ADDRESS": cluster}
+    env = {**os.environ, "RAY_ADDRESS": address}
     done = subprocess.run([sys.executable, "-c", script, *flags], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = read_run(f"file://{world}/tables", "shared")
@@ -102,10 +98,10 @@ def test_several_nodes_share_the_shards(world, tmp_path, cluster):
 
 
 def test_the_same_run_twice_at_once_ends_whole(world, local_ray):
-    two_cpus = ray.get_runtime_context().gcs_address
+    address = ray.get_runtime_context().gcs_address
     with ThreadPoolExecutor(2) as pool:
         options = {"compute__actors": 1, "compute__cpus_per_actor": 1}
-        twins = [pool.submit(predict, world, "twins", two_cpus, **options) for _ in range(2)]
+        twins = [pool.submit(predict, world, "twins", address, **options) for _ in range(2)]
         assert [twin.result()["num_predicted"] for twin in twins] == [57, 57]
     assert run_job("verify", output=world / "tables", run_id="twins")["status"] == "verified"
 

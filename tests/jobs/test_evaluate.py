@@ -65,6 +65,7 @@ def test_one_and_two_workers_count_the_same(world, by_one_worker, tmp_path):
         assert told.pop("loss") == pytest.approx(summary["loss"])
         found.append((told, (output / "errors.parquet").read_bytes()))
     assert found[0] == found[1]
+    assert by_two[0]["loss"] == pytest.approx(by_one_worker[0]["loss"])
     assert (found[0][0]["num_images"], found[0][0]["num_errors"]) == (27, 3)
 
 
