@@ -320,10 +320,11 @@ def one_cpu() -> Iterator[dict[str, str]]:
 def test_a_packing_killed_on_one_cpu_goes_on_to_the_bytes_of_an_undisturbed_one(world, tmp_path, one_cpu, without_ray):
     fields = {"manifest": world / "manifest", "shard_size": 1, "reencode__shorter_side": 24}
     killed = tmp_path / "killed"
-    flags = [f"--{name.replace('__', '.')}={value}" for name, value in {**fields, "output": killed}.items()]
+    flags = [f"--{name.replace('__', '.')}={value}" for name, value in fields.items()]
     for signal_number in (signal.SIGKILL, signal.SIGTERM):
         num_before = len(list(killed.glob("_pack/commits/*.json")))
-        driver = subprocess.Popen([sys.executable, "-m", "jobs.pack", *flags], env=one_cpu, **QUIET)
+        command = [sys.executable, "-m", "jobs.pack", *flags, f"--output={killed}"]
+        driver = subprocess.Popen(command, env=one_cpu, **QUIET)
         while driver.poll() is None and len(list(killed.glob("_pack/commits/*.json"))) < num_before + 3:
             time.sleep(0.05)
         driver.send_signal(signal_number)
@@ -331,7 +332,7 @@ def test_a_packing_killed_on_one_cpu_goes_on_to_the_bytes_of_an_undisturbed_one(
         assert not (killed / "manifest.json").exists()
     assert run_job("pack", output=killed, env=one_cpu, **fields)["num_packed"] == 27
     undisturbed = tmp_path / "undisturbed"
-    assert pack(world, undisturbed, "--shard_size", "1", "--reencode.shorter_side", "24")["num_packed"] == 27
+    assert main(load(PackConfig, [*flags, f"--output={undisturbed}"]))["num_packed"] == 27
     assert files(killed) == files(undisturbed)
     assert len(packed_images(killed)) == 27
 
