@@ -8,18 +8,24 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pipeline.config import JobConfig, load
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError, RunError
 
 if TYPE_CHECKING:
     from pipeline.cluster import Node
 
 Config = TypeVar("Config", bound=JobConfig)
+
+NUM_STARTS = 3
+ANSWER_WITHIN_S = 10
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 
 class Stopped(BaseException):
@@ -79,16 +85,18 @@ def _stdout_kept_for_the_summary() -> Iterator[None]:
 
 @contextlib.contextmanager
 def connected_ray() -> Iterator["list[Node]"]:
-    """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or a local one; yields its nodes."""
+    """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or a local one; yields its nodes.
+
+    Raises ConfigError for an address that is none, RunError where no cluster answers or a local one does not start.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     from pipeline.cluster import Node
 
     address = os.environ.get("RAY_ADDRESS", "local")  # left out, Ray would join a neighbour's local cluster
-    options = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level="error", **options)
+        _start_ray() if address == "local" else _join_ray(address)
     except SystemExit as exit_request:  # what Ray makes of a SIGTERM while it starts
         raise Stopped("stopped while Ray was starting") from exit_request
     finally:
@@ -102,3 +110,53 @@ def connected_ray() -> Iterator["list[Node]"]:
     finally:
         ray.shutdown()
         _handle_signals()
+
+
+def _join_ray(address: str) -> None:
+    import ray
+
+    try:
+        _refuse_silence(address)
+        ray.init(address, **_QUIET)
+    except ValueError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS: expected host:port of a cluster's head, got {address!r}: {error}; unset it for a local Ray"
+        ) from error
+    except (OSError, RuntimeError) as error:  # nobody there, or one of another version
+        raise RunError(
+            f"RAY_ADDRESS: expected a Ray cluster to join at {address!r}, got {type(error).__name__}: {error}; start "
+            "it (`ray start --head`), name another, or unset RAY_ADDRESS for a local Ray"
+        ) from error
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise OSError where nothing listens at a host:port: Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
+
+
+def _start_ray() -> None:
+    """Start a local Ray, anew where it came too late: on a busy machine its node can miss Ray's fixed 30 s."""
+    import ray
+
+    for starts_left in reversed(range(NUM_STARTS)):
+        children = _children()
+        try:
+            ray.init("local", include_dashboard=False, **_QUIET)
+            return
+        except Exception as error:
+            for pid in _children() - children:  # half a cluster, which none but us knows of
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not starts_left:
+                raise RunError(
+                    f"expected a local Ray to start, it failed {NUM_STARTS} times, the last time with: {error} Is the "
+                    "machine overloaded, its memory or the disk of /tmp/ray full? Run the same command again to go on"
+                ) from error
+            print(f"Ray did not start, trying again: {error}", file=sys.stderr)
+
+
+def _children() -> set[int]:
+    listings = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for listing in listings for pid in listing.read_text().split()}
