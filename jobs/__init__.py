@@ -158,5 +158,8 @@ def _start_ray() -> None:
 
 
 def _children() -> set[int]:
-    listings = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for listing in listings for pid in listing.read_text().split()}
+    pids: set[int] = set()
+    for listing in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # of a thread that has ended since
+            pids.update(map(int, listing.read_text().split()))
+    return pids

@@ -18,7 +18,7 @@ from pipeline.cluster import Device, Node, choose_device, default_batch_size
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision, precisions
@@ -69,6 +69,8 @@ def main(config: CompileConfig) -> dict[str, Any]:
             return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device)))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+        except ray.exceptions.RayError as error:
+            raise RunError(f"expected the task that compiles to end, got {type(error).__name__}: {error}") from error
 
 
 def compile_here(config: CompileConfig, uri: str, device_type: Device) -> dict[str, Any]:

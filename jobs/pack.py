@@ -15,7 +15,7 @@ its CPUs. The driver's memory is that of a 64th of the images' rows, never of th
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,35 +248,11 @@ def _publish(output: str, records: str, ordered: Manifest, classes: list[str] | 
 
     Raises ReconcileError where that is not so.
     """
-    sizes: dict[str, int] = {}
-
-    def noting_files() -> Iterator[Receipt]:
-        for receipt in read_receipts(records, committed_shard_ids(records)):
-            sizes.update({file.path: file.num_bytes for file in receipt.files})
-            yield receipt
-
-    totals = reconcile(ordered, noting_files())
-    _check_files(output, sizes)
+    totals = reconcile(ordered, read_receipts(records, committed_shard_ids(records)), output, ("data", "errors"))
     packed = write_manifest(output, PackedSource(storage.join(output, "data")), shard_size=_SHARD_SIZE, classes=classes)
     if packed.num_images != totals.num_predicted:
         raise ReconcileError(f"expected {totals.num_predicted} images in {packed.uri!r}, found {packed.num_images}")
     return packed, totals
-
-
-def _check_files(output: str, sizes: dict[str, int]) -> None:
-    """Raises ReconcileError naming a file that is missing, of another size than committed, or committed by no shard."""
-    start = len(storage.join(output, ""))
-    folders = [storage.join(output, folder) for folder in ("data", "errors")]
-    found = {info.uri[start:]: info.size for folder in folders for info in storage.list_objects(folder)}
-    wrong = sorted(path for path in sizes | found if sizes.get(path) != found.get(path))
-    if wrong:
-        expected = f"{sizes[wrong[0]]} bytes" if wrong[0] in sizes else "no such file"
-        there = f"{found[wrong[0]]} bytes" if wrong[0] in found else "none"
-        raise ReconcileError(
-            f"expected {expected} at {storage.join(output, wrong[0])!r}, found {there}; remove a stray file, or delete "
-            "the commit of a shard that lost one, then run the same command again",
-            num_faults=len(wrong),
-        )
 
 
 if __name__ == "__main__":

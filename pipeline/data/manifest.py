@@ -168,15 +168,14 @@ def _write(
     made_from: dict[str, Any],
     on_progress: Callable[[int], None],
 ) -> Manifest:
-    """Images, then shards, then `manifest.json`; whatever stops it before that also removes what was written.
+    """Images, then shards, then `manifest.json`, without which there is no manifest.
 
     Names carry the digest, so that of two different manifests made here at once neither overwrites the other's files.
+    What a stopped one leaves stays: a twin, whose files are the very same, may be about to finish with them.
     """
-    written: list[str] = []
 
     def put(name: str, data: bytes) -> None:
-        written.append(storage.join(uri, name))
-        storage.write(written[-1], data)
+        storage.write(storage.join(uri, name), data)
 
     try:
         totals = write_files(shards, put, on_progress, tag=digest[:_TAG_LENGTH])
@@ -194,11 +193,6 @@ def _write(
         storage.write(_json_uri(uri), json.dumps(content, indent=1).encode(), if_absent=True)
     except ObjectExistsError:
         return _same_or_refused(Manifest.open(uri), digest)
-    except BaseException:  # a signal too
-        if not storage.exists(_json_uri(uri)):  # else a twin has finished with the very same files
-            for name in written:
-                storage.delete(name)
-        raise
     return Manifest.open(uri)
 
 
@@ -217,6 +211,8 @@ def _footer(uri: str, digest: str) -> pq.FileMetaData:
 def _undamaged(uri: str, name: str) -> Iterator[None]:
     try:
         yield
-    except (ObjectNotFoundError, pa.ArrowException) as error:
+    except (ObjectNotFoundError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the file system's; damage pyarrow tells of has no number
+            raise
         first_line = str(error).partition("\n")[0]
         raise ManifestError(f"expected a readable {name} in the manifest at {uri!r}: {first_line}") from error

@@ -25,6 +25,12 @@ _TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
 _PACKED_ROWS = 32
 _PACKED_AHEAD = 32  # images
 _PACKED_READ_BYTES = 4 << 20  # of a request: the first image waits for a larger one, all wait for many small ones
+_WHY_LOST = {  # what loses all of a shard is rarely its images
+    "not_found": "Is the folder mounted?",
+    "access_denied": "Is the key valid?",
+    "changed": "Were the images written anew after their manifest? Make another of them as they are.",
+    "not_allowed": "Do images.allowed_roots name where they lie?",
+}
 
 
 class ReadLimits(Section):
@@ -111,6 +117,8 @@ def _matched(
             if uri == rows[done].uri:
                 done += 1
                 yield _of_expected_size(rows[done - 1], data)
+    except MemoryError:
+        raise
     except Exception as exception:
         error = exception if isinstance(exception, ImageError) else _as_image_error(exception, source)
     for row in rows[done:]:
@@ -123,7 +131,7 @@ def refusing_outages(
     """What `read_shard` yields, ended where it looks like a store that is down or shut rather than like bad images.
 
     Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and where all of
-    several are gone or denied, unless `accept_lost_shards`.
+    several are gone, denied, changed or not allowed, unless `accept_lost_shards`.
     """
     most = min(max_storage_errors, shard.num_images - 1)
     kinds: Counter[str] = Counter()
@@ -136,10 +144,12 @@ def refusing_outages(
                     f"{item.message}. Nothing of the shard is committed: run again when it is back"
                 )
         yield item
-    if kinds["not_found"] + kinds["access_denied"] == shard.num_images > 1 and not accept_lost_shards:
+    lost = {kind: kinds[kind] for kind in _WHY_LOST if kinds[kind]}
+    if sum(lost.values()) == shard.num_images > 1 and not accept_lost_shards:
         raise StorageError(
-            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({dict(kinds)}). Is the "
-            "folder mounted, the key valid? Run again then, or with images.accept_lost_shards to make them error rows"
+            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({lost}). "
+            f"{' '.join(_WHY_LOST[kind] for kind in lost)} Run again then, or with images.accept_lost_shards to make "
+            "them error rows"
         )
 
 
@@ -231,6 +241,6 @@ def _as_image_error(error: Exception, uri: str) -> ImageError:
         return ImageError("fetch", "not_found", f"expected an object at {uri!r}, found none")
     if isinstance(error, AccessDeniedError):
         return ImageError("fetch", "access_denied", f"the credentials do not allow reading {uri!r}")
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno):  # pyarrow's own have no number
         return ImageError("fetch", "storage_error", f"the store failed on {uri!r}")
     return ImageError("fetch", "unreadable", f"{uri!r} cannot be read: {type(error).__name__}")

@@ -4,7 +4,6 @@ A source streams record batches of `IMAGE_SCHEMA`, in a fixed order; nothing of 
 """
 
 import csv
-import gzip
 import re
 import zlib
 from collections import Counter
@@ -192,6 +191,8 @@ def readable(uri: str, expected: str) -> Iterator[None]:
         yield
     except (ObjectNotFoundError, AccessDeniedError) as error:
         raise ManifestError(f"expected {expected}: {error}") from error
-    except (pa.ArrowException, EOFError, gzip.BadGzipFile, zlib.error, csv.Error, UnicodeError) as error:
+    except (pa.ArrowException, EOFError, OSError, zlib.error, csv.Error, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno:  # the file system's; damage that is found has no number
+            raise
         first_line = str(error).partition("\n")[0]
         raise ManifestError(f"expected {expected} at {uri!r}, got one that cannot be read: {first_line}") from error

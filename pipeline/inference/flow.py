@@ -25,10 +25,10 @@ import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import storage
+from pipeline import errors, storage
 from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
 from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
 from pipeline.inference.bound import Observed
@@ -46,7 +46,7 @@ from pipeline.inference.workers import (
     decode_shard,
     prepare_shard,
 )
-from pipeline.tables.writing import table_uri
+from pipeline.tables.writing import table_folder
 from pipeline.telemetry import RunProgress
 
 _COMMITS_IN_FLIGHT = 16
@@ -80,10 +80,12 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         num_done=manifest.num_images - sum(shard.num_images for shard in plan.pending_shards()),
         progress_interval_s=config.progress_interval_s,
     )
-    tables = {name: table_uri(plan.run.output_uri, name, plan.run.run_id) for name in plan.run.table_names}
+    folders = {name: table_folder(name, plan.run.run_id) for name in plan.run.table_names}
+    tables = {name: storage.join(plan.run.output_uri, folder) for name, folder in folders.items()}
     for folder in (plan.run.uri, *tables.values()):
         storage.sweep_temporary_files(folder)
-    totals = reconcile(plan.run, read_receipts(plan.run.uri, committed_shard_ids(plan.run.uri)))
+    receipts = read_receipts(plan.run.uri, committed_shard_ids(plan.run.uri))
+    totals = reconcile(plan.run, receipts, plan.run.output_uri, folders.values())
     duration_s = time.monotonic() - start
     summary = {
         "status": "done" if plan.num_pending else "was done",
@@ -192,7 +194,7 @@ def compile_first(plan: Plan, layout: Layout) -> None:
     try:
         ray.get(ray.remote(networks.decide).options(**options).remote(plan.run, plan.manifest))
     except ray.exceptions.RayError as error:
-        raise RunError(_cause(error)) from error
+        raise _failure(error) from error
 
 
 def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
@@ -211,24 +213,27 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
 def receipts_of(dataset: ray.data.Dataset) -> Iterator[Receipt]:
     """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
 
-    Raises RunError with the reason where a worker failed.
+    Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.
     """
     try:
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
             for text in batch["receipt"].to_pylist():
                 yield Receipt.from_json(text)
     except Exception as error:  # Ray's and Ray Data's own have no common base
-        raise RunError(_cause(error)) from error
+        raise _failure(error) from error
 
 
-def _cause(error: BaseException) -> str:
+def _failure(error: BaseException) -> PipelineError:
     """What a worker raised: Ray tells it as text only, wrapped in its own exceptions and their tracebacks."""
-    raised = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    ours = [line for line in raised if line.startswith("pipeline.errors.")]
-    if ours:
-        return ours[-1].partition(": ")[2]
+    text = str(error)
+    if ours := re.findall(r"^pipeline\.errors\.(\w+): ((?:.+\n?)+)", text, re.MULTILINE):
+        name, message = ours[-1]
+        kind = getattr(errors, name)
+        return (kind if kind.exit_code == ConfigError.exit_code else RunError)(message.rstrip("\n"))
     logging.getLogger(__name__).error("a worker failed: %s", error)  # unforeseen, so the traceback is wanted
-    return ([line for line in raised if not line.startswith("ray.")] or [str(error)])[-1]
+    raised = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception)\b.*", text, re.MULTILINE)
+    cause = (raised or [text])[-1]
+    return RunError(cause + ("; set a smaller compute.batch_size" if "torch.OutOfMemoryError" in cause else ""))
 
 
 def start_attempts() -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from pipeline.errors import ObjectNotFoundError, ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipt
 from pipeline.inference.plan import Run
 from pipeline.tables.schemas import TABLES, TableName
-from pipeline.tables.writing import shard_path, table_uri
+from pipeline.tables.writing import shard_path, table_folder
 
 
 class Whole(Protocol):
@@ -62,12 +62,14 @@ class Totals:
         }
 
 
-def reconcile(whole: Whole, receipts: Iterator[Receipt]) -> Totals:
-    """Add up the receipts of work that ended; every image must be accounted for.
+def reconcile(whole: Whole, receipts: Iterable[Receipt], output_uri: str, folders: Iterable[str]) -> Totals:
+    """Add up the receipts of work that ended; every image must be accounted for, every file be there.
 
-    Raises ReconcileError where they do not add up to the images of `whole`.
+    `folders` of `output_uri` hold the files. Raises ReconcileError where the receipts do not add up to the images of
+    `whole`, or a Parquet file is missing, of another size than committed, or committed by no shard.
     """
     totals = Totals()
+    sizes: dict[str, int] = {}
     for receipt in receipts:
         if receipt.num_predicted + receipt.num_errors != receipt.num_images:
             raise ReconcileError(
@@ -76,13 +78,31 @@ def reconcile(whole: Whole, receipts: Iterator[Receipt]) -> Totals:
                 **totals.as_dict(),
             )
         totals.add(receipt)
+        sizes.update({file.path: file.num_bytes for file in receipt.files})
     if (totals.num_shards, totals.num_images) != (whole.num_shards, whole.num_images):
         raise ReconcileError(
             f"expected {whole.num_images} images in {whole.num_shards} shards accounted for, got "
             f"{totals.num_images} in {totals.num_shards}; run the same command again",
             **totals.as_dict(),
         )
+    _refuse_other_files(output_uri, folders, sizes)
     return totals
+
+
+def _refuse_other_files(output_uri: str, folders: Iterable[str], sizes: dict[str, int]) -> None:
+    start = len(storage.join(output_uri, ""))
+    listed = (info for folder in folders for info in storage.list_objects(storage.join(output_uri, folder)))
+    found = {info.uri[start:]: info.size for info in listed if info.uri.endswith(".parquet")}
+    wrong = sorted(path for path in sizes | found if sizes.get(path) != found.get(path))
+    if wrong:
+        expected = f"{sizes[wrong[0]]} bytes" if wrong[0] in sizes else "no such file"
+        there = f"{found[wrong[0]]} bytes" if wrong[0] in found else "none"
+        raise ReconcileError(
+            f"expected {expected} at {storage.join(output_uri, wrong[0])!r}, found {there}. Is the output a folder "
+            "that not all nodes share? Else remove a stray file, or delete the commit of a shard that lost one, and "
+            "run the same command again",
+            num_faults=len(wrong),
+        )
 
 
 def find_faults(run: Run) -> Iterator[str]:
@@ -174,7 +194,7 @@ def _difference(expected: list[Any], found: list[Any]) -> str:
 def _stray_files(run: Run, known: set[int]) -> Iterator[str]:
     expected = run.table_names
     for name in TABLES:
-        folder = table_uri(run.output_uri, name, run.run_id)
+        folder = storage.join(run.output_uri, table_folder(name, run.run_id))
         for info in storage.list_objects(folder):
             file_name = info.uri.rpartition("/")[2]
             stem, _, suffix = file_name.partition(".")

@@ -30,14 +30,14 @@ class WrittenFile:
         return cls(path, num_rows, len(data), hashlib.sha256(data).hexdigest())
 
 
-def table_uri(output_uri: str, table: TableName, run_id: str) -> str:
-    """The folder of a run's files of `table`."""
-    return storage.join(output_uri, table, f"run_id={run_id}")
+def table_folder(table: TableName, run_id: str) -> str:
+    """Where a run's files of `table` lie below the output."""
+    return f"{table}/run_id={run_id}"
 
 
 def shard_path(table: TableName, run_id: str, shard_id: int) -> str:
     """Where a shard of `table` lies below the output: the same at every attempt, so writing twice is writing once."""
-    return f"{table}/run_id={run_id}/{shard_id:08d}.parquet"
+    return f"{table_folder(table, run_id)}/{shard_id:08d}.parquet"
 
 
 def write_shard(output_uri: str, run_id: str, shard_id: int, tables: Mapping[TableName, pa.Table]) -> list[WrittenFile]:

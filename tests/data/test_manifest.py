@@ -123,7 +123,7 @@ def test_a_source_that_fails_halfway_leaves_nothing() -> None:
     assert list(storage.list_objects(uri)) == []
 
 
-def test_a_stop_while_writing_removes_what_was_written() -> None:
+def test_a_stop_while_writing_leaves_no_manifest_and_the_next_one_completes_it() -> None:
     class StoppedError(BaseException):
         pass
 
@@ -134,8 +134,8 @@ def test_a_stop_while_writing_removes_what_was_written() -> None:
     uri = fresh()
     with pytest.raises(StoppedError):
         write_manifest(uri, Rows(some_rows(250)), shard_size=1, on_progress=stop_at_the_second_file)
-    assert list(storage.list_objects(uri)) == []
-    assert write_manifest(uri, Rows(some_rows(250)), shard_size=1).num_images == 250
+    assert not storage.exists(storage.join(uri, "manifest.json"))
+    assert len(list(images_of(write_manifest(uri, Rows(some_rows(250)), shard_size=1)))) == 250
 
 
 def test_a_manifest_that_is_not_there_is_named() -> None:
@@ -174,6 +174,15 @@ def test_missing_and_damaged_parts_are_named() -> None:
     with pytest.raises(ManifestError, match="-00001"):
         made.images(shards[-1])
     assert made.images(shards[0]).num_rows == 2
+
+
+def test_a_damaged_page_is_named() -> None:
+    made = write_manifest(fresh(), Rows(some_rows(300)), shard_size=2)
+    uri = storage.join(made.uri, f"shards-{made.digest[:8]}.parquet")
+    data = storage.read(uri)
+    storage.write(uri, data[:4] + b"\xff" * 40 + data[44:])
+    with pytest.raises(ManifestError, match=r"expected a readable shards-\w+\.parquet"):
+        list(made.shards())
 
 
 def test_the_driver_reads_manifests_without_importing_torch_or_ray() -> None:

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -221,6 +222,35 @@ def test_a_packed_source_that_is_gone_is_one_error_an_image(pack, root: str) -> 
     manifest = manifest_of(source, shard_size=8)
     storage.delete(source.uri)
     assert kinds(read_all(manifest)) == ["not_found"] * 20
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "storage_error"),
+        (OSError("Couldn't deserialize thrift"), "unreadable"),  # pyarrow's way to tell of damage
+    ],
+)
+def test_a_disk_that_fails_is_no_damaged_source(tmp_path: Path, monkeypatch, failure: OSError, kind: str) -> None:
+    class Failing(io.FileIO):
+        def readinto(self, buffer) -> int:
+            if self.tell() < 100_000:
+                raise failure
+            return super().readinto(buffer)
+
+        def read(self, size: int = -1) -> bytes:
+            if self.tell() < 100_000:
+                raise failure
+            return super().read(size)
+
+    rows = {"uri": ["a", "b"], "bytes": [b"x" * 100_000, b"y" * 200_000]}
+    pq.write_table(pa.table(rows), tmp_path / "0.parquet", compression="none", use_dictionary=False)
+    manifest = manifest_of(PackedSource(str(tmp_path / "0.parquet")))
+    really_open = storage.open_file
+    monkeypatch.setattr(
+        storage, "open_file", lambda uri: Failing(uri[7:]) if uri.startswith("file://") else really_open(uri)
+    )
+    assert kinds(read_all(manifest)) == [kind] * 2
 
 
 @PACKINGS

@@ -13,10 +13,10 @@ import pytest
 
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
-from pipeline.errors import RunError
+from pipeline.errors import BundleError, ManifestError, RunError
 from pipeline.inference import blocks
 from pipeline.inference.blocks import PreparedShard
-from pipeline.inference.flow import predict, run_shards, shard_dataset
+from pipeline.inference.flow import _failure, predict, run_shards, shard_dataset
 from pipeline.inference.layout import Layout
 from pipeline.inference.plan import read_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
@@ -191,6 +191,37 @@ def test_what_stops_a_worker_stops_the_run_with_its_reason(world, local_ray):
     (blocked / "predictions").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="blocked/predictions"):
         run(world, run_id="blocked", output=str(blocked))
+
+
+@pytest.mark.ray
+def test_bad_input_that_a_worker_meets_is_told_as_such(local_ray, tmp_path):
+    make_world(tmp_path)
+    for images in (tmp_path / "manifest").glob("images-*.parquet"):
+        images.unlink()
+    with pytest.raises(ManifestError, match=r"^expected a readable images-\w+-00000\.parquet in the manifest at"):
+        run(tmp_path, run_id="without-images")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "  File x\npipeline.errors.BundleError: it lacks:\nfc.weight\n\nThe above",
+            BundleError,
+            "it lacks:\nfc.weight",
+        ),
+        ("pipeline.errors.StorageError: 503\n\nray.exceptions.RayTaskError: more", RunError, "503"),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory.\n\nray.exceptions.RayTaskError(OutOfMemoryError): more",
+            RunError,
+            "torch.OutOfMemoryError: CUDA out of memory.; set a smaller compute.batch_size",
+        ),
+        ("its last words", RunError, "its last words"),
+    ],
+)
+def test_the_innermost_failure_is_told_whole(text, kind, message):
+    failure = _failure(Exception(text))
+    assert (type(failure), str(failure)) == (kind, message)
 
 
 @pytest.mark.ray

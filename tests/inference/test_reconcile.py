@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,9 +10,9 @@ import pytest
 
 from pipeline.errors import ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
-from pipeline.inference.plan import read_run
-from pipeline.inference.reconcile import find_faults, reconcile
-from pipeline.tables.writing import encode
+from pipeline.inference.plan import Run, read_run
+from pipeline.inference.reconcile import Totals, find_faults, reconcile
+from pipeline.tables.writing import encode, table_folder
 from tests.worlds import make_world, run_without_ray
 
 OPTIONS = {"run_id": "r", "bundles": ["tiny", "other"], "tables": {"names": ["predictions", "embeddings"]}}
@@ -146,9 +147,13 @@ def test_another_manifest_in_its_place_is_named(whole_world, tables):
     assert fault.startswith("manifest: expected digest 0000")
 
 
+def reconciled(run: Run, receipts: Iterable[Receipt]) -> Totals:
+    return reconcile(run, receipts, run.output_uri, [table_folder(name, run.run_id) for name in run.table_names])
+
+
 def test_receipts_that_add_up_reconcile(tables):
     run = read_run(f"file://{tables}", "r")
-    totals = reconcile(run, read_receipts(run.uri, committed_shard_ids(run.uri)))
+    totals = reconciled(run, read_receipts(run.uri, committed_shard_ids(run.uri)))
     assert (totals.num_images, totals.num_predicted, totals.num_errors) == (30, 27, 3)
     assert totals.errors.total() == 3
 
@@ -156,11 +161,32 @@ def test_receipts_that_add_up_reconcile(tables):
 def test_a_shard_without_a_receipt_does_not_reconcile(tables):
     run = read_run(f"file://{tables}", "r")
     with pytest.raises(ReconcileError, match=r"expected 30 images in 4 shards accounted for, got 22 in 3"):
-        reconcile(run, read_receipts(run.uri, {1, 2, 3} - {1} | {0}))
+        reconciled(run, read_receipts(run.uri, {1, 2, 3} - {1} | {0}))
 
 
 def test_a_receipt_that_lost_an_image_does_not_reconcile(tables):
     run = read_run(f"file://{tables}", "r")
     lossy = Receipt(0, num_images=8, num_predicted=6, num_errors=1, errors={}, files=[], seconds={})
     with pytest.raises(ReconcileError, match="shard 0: expected 8 images accounted for"):
-        reconcile(run, iter([lossy]))
+        reconciled(run, [lossy])
+
+
+def test_files_that_only_another_node_has_do_not_reconcile(tables):
+    run = read_run(f"file://{tables}", "r")
+    shutil.rmtree(tables / "predictions")
+    with pytest.raises(ReconcileError, match=r"predictions/run_id=r/0+\.parquet', found none\. .* not all nodes share"):
+        reconciled(run, read_receipts(run.uri, committed_shard_ids(run.uri)))
+
+
+def test_a_table_of_another_size_or_of_no_shard_does_not_reconcile_a_marker_does(tables):
+    run = read_run(f"file://{tables}", "r")
+    folder = tables / "predictions/run_id=r"
+    (folder / "_SUCCESS").touch()
+    reconciled(run, read_receipts(run.uri, committed_shard_ids(run.uri)))
+    (folder / "copy.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ReconcileError, match=r"expected no such file at .*copy\.parquet', found 4 bytes"):
+        reconciled(run, read_receipts(run.uri, committed_shard_ids(run.uri)))
+    (folder / "copy.parquet").unlink()
+    (folder / "00000002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ReconcileError, match=r"expected \d+ bytes at .*2\.parquet', found 4 bytes"):
+        reconciled(run, read_receipts(run.uri, committed_shard_ids(run.uri)))

@@ -176,12 +176,21 @@ def test_a_failing_store_stops_the_run_instead_of_filling_the_errors_table(world
         list(load_shard(plan.run, plan.manifest, shard, [], **options))
 
 
-def test_a_vanished_folder_stops_the_run_unless_its_loss_is_accepted(world, monkeypatch):
-    gone = ImageError("fetch", "not_found", "found none")
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("not_found", "Is the folder mounted"),
+        ("access_denied", "Is the key valid"),
+        ("changed", "written anew after their manifest"),
+        ("not_allowed", r"Do images\.allowed_roots name where they lie"),
+    ],
+)
+def test_a_shard_that_is_lost_whole_stops_the_run_unless_that_is_accepted(world, monkeypatch, kind, told):
+    gone = ImageError("fetch", kind, "it is not as the manifest says")
     monkeypatch.setattr("pipeline.inference.shard.read_shard", lambda *args, **options: iter([gone] * 8))
     refusing, accepting = plan_of(world), plan_of(world, images={"accept_lost_shards": True})
     shard = next(refusing.pending_shards())
-    with pytest.raises(StorageError, match=r"none of its 8 images can be fetched.*Is the folder mounted"):
+    with pytest.raises(StorageError, match=rf"none of its 8 images can be fetched.*{told}"):
         list(load_shard(refusing.run, refusing.manifest, shard, [], num_threads=1, isolated=False, log=LoadLog()))
     log = LoadLog()
     assert list(load_shard(accepting.run, accepting.manifest, shard, [], num_threads=1, isolated=False, log=log)) == []
