@@ -44,7 +44,9 @@ def run_job(config_type: type[Config], main: Callable[[Config], dict[str, Any]])
         summary = {"status": "failed", "error": type(error).__name__, "message": str(error), **error.details}
         code = error.exit_code
     except Stopped as stop:
-        summary = {"status": "stopped", "message": f"{stop}; what is committed stays, run the same command to go on"}
+        resume = config_type.model_fields.get("resume")
+        again = " with --resume auto" if resume is not None and resume.default is False else ""
+        summary = {"status": "stopped", "message": f"{stop}; what is done stays, run the same command{again} to go on"}
         code = 1
     except Exception as error:
         traceback.print_exc()

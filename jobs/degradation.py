@@ -26,9 +26,10 @@ from pydantic import Field, model_validator
 from jobs import connected_ray, run_job
 from pipeline import storage
 from pipeline.cluster import Node, choose_device
+from pipeline.data.training_set import TrainingSet
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
-from pipeline.training.run import TrainingRun, begin, make_run, read_run
+from pipeline.training.run import TrainingRun, begin, make_run
 
 if TYPE_CHECKING:
     from pipeline.report.degradation import Curve
@@ -140,12 +141,11 @@ def num_at_once(nodes: Sequence[Node], workers: "Workers") -> int:
 
 def _make_net(config: DegradationConfig, kind: Kind, depth: int) -> Net:
     run_id = f"{config.run_id}-{kind}-{depth}"
-    recorded = read_run(storage.join(storage.normalise(config.output), run_id))
     of_net = {
         "run_id": run_id,
         "name": f"{config.name}-{kind}-{depth}",
         "architecture": {"name": f"{_ARCHITECTURES[kind]}{depth}"},
-        "resume": config.resume and recorded is not None,
+        "resume": "auto" if config.resume else False,
     }
     shared = config.model_dump(exclude={"depths", "kinds"})
     return Net(kind, depth, make_run(TrainConfig(**{**shared, **of_net})))
@@ -155,6 +155,7 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
     """Train every net to its end; the nets, their device known."""
     from pipeline.telemetry import TrainingProgress
     from pipeline.training import checkpoint
+    from pipeline.training.loop import refuse_impossible
     from pipeline.training.trainer import choose_workers
 
     device = choose_device(nodes, config.compute.device)
@@ -167,6 +168,7 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
         num_lanes=config.data.num_lanes,
     )
     for net in nets:
+        refuse_impossible(net.run, TrainingSet.open(net.run.config.train))
         begin(net.run)
     done = {net.name: max(checkpoint.list_steps(net.run.uri), default=0) for net in nets}
     unfinished = [net for net in nets if done[net.name] < net.run.num_steps]

@@ -103,7 +103,7 @@ def _train(root: Path, epochs: int) -> None:
             evaluate_on=str(root / "manifests" / "evaluation"),
             output=str(root / "training"),
             run_id=_NAME,
-            resume=storage.exists(storage.normalise(str(root / "training" / _NAME / "run.json"))),
+            resume="auto",
             registry=str(root / "registry"),
             name=_NAME,
             version="1",

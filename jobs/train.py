@@ -1,7 +1,7 @@
 """Train a network on a labelled manifest and publish the best weights as a bundle.
 
 python -m jobs.train --config configs/train_cifar_10_epochs.yaml --train URI --evaluate_on URI --output URI ...
-python -m jobs.train ... --resume true      goes on from the last checkpoint
+python -m jobs.train ... --resume auto      goes on from the last checkpoint, where there is one
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 from jobs import connected_ray, run_job
 from pipeline import storage
 from pipeline.cluster import choose_device
+from pipeline.data.training_set import TrainingSet
 from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import begin, make_run
@@ -21,6 +22,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     start = time.monotonic()
     run = make_run(config)  # what is wrong here is said before a cluster is waited for
     from pipeline.telemetry import TrainingProgress
+    from pipeline.training.loop import refuse_impossible
     from pipeline.training.result import publish, write_records
     from pipeline.training.tracking import Tracker
     from pipeline.training.trainer import choose_workers, run_training
@@ -35,6 +37,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
             use_gpu=device == "cuda",
             num_lanes=config.data.num_lanes,
         )
+        refuse_impossible(run, TrainingSet.open(run.config.train))
         begin(run)
         with (
             Tracker(run) as tracker,

@@ -65,7 +65,7 @@ class CheckpointWriter:
         except StorageError as error:
             raise type(error)(
                 f"the checkpoint {uri!r} of {data.tell()} bytes cannot be written: {error}. Earlier ones stay: make "
-                "room or give access, then run again with --resume true"
+                "room or give access, then run again with --resume auto"
             ) from error
         there = list_steps(self._run_uri)
         until_now = [step for step in there if step <= state["step"]]  # later ones are damaged, or were gone back from

@@ -47,7 +47,7 @@ class AugmentConfig(Section):
     evaluation."""
     size: int = Field(224, ge=1)
     """Side of the square that the network is trained on, in pixels."""
-    progressive: list[tuple[Probability, int]] = Field([])
+    progressive: list[tuple[Probability, Annotated[int, Field(ge=1)]]] = Field([])
     """Progressive resizing: pairs of (share of the training after which, `size` from there on), smallest share first;
     before the first of them, `size` (Howard, fast.ai DAWNBench 2018)."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -117,6 +117,12 @@ class OptimizerConfig(Section):
     accumulation_steps: int = Field(1, ge=1)
     """Forward and backward passes that a worker's part of a batch is cut into, for batches that do not fit its memory;
     the batch stays the same but for its norms' statistics."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_a_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("expected a momentum above 0 with nesterov, got 0")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -215,7 +221,7 @@ class TrainComputeConfig(Section):
 
 
 class TrainConfig(JobConfig):
-    """Train a network on a labelled manifest and publish it as a bundle; the same line with --resume true goes on."""
+    """Train a network on a labelled manifest and publish it as a bundle; the same line with --resume auto goes on."""
 
     train: str
     """URI of the manifest to train on (made by jobs.manifest or jobs.pack)."""
@@ -225,8 +231,9 @@ class TrainConfig(JobConfig):
     """URI below which `<run_id>/` gets checkpoints, history, errors table and report."""
     run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the run; a name that is taken is refused, unless `resume` is given."""
-    resume: bool = False
-    """Go on from the run's last checkpoint."""
+    resume: bool | Literal["auto"] = False
+    """Go on from the run's last checkpoint; auto: where there is such a run, else begin it, as what restarts a command
+    wants. The one it goes on with must have begun with the same config."""
     registry: str
     """URI of the registry to publish to."""
     name: Name
@@ -268,4 +275,6 @@ class TrainConfig(JobConfig):
             raise ValueError("expected start.bundle or start.zero_init_last_norm, which would undo it")
         if self.start.bundle is None and (self.architecture is None or self.evaluation.preprocessing is None):
             raise ValueError("expected architecture and evaluation.preprocessing, or start.bundle, which has both")
+        if self.data.cache != "none" and self.augment.crop != "pad":
+            raise ValueError(f"expected augment.crop pad with data.cache {self.data.cache}, got {self.augment.crop}")
         return self

@@ -23,7 +23,7 @@ Loader = TrainLoader | CachedLoader
 
 
 def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loader:
-    """The worker's loader, cached where the config says so. Raises ConfigError where a crop cannot be cached."""
+    """The worker's loader, cached where the config says so. Raises ConfigError where images to cache differ in size."""
     config = run.config
     geometry = augment.Geometry(config.augment, run.preprocessing)
     loader = TrainLoader(
@@ -40,8 +40,6 @@ def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loa
     )
     if config.data.cache == "none":
         return loader
-    if config.augment.crop != "pad":
-        raise ConfigError(f"data.cache: expected augment.crop pad with it, got {config.augment.crop}; use cache none")
     device = worker.device if config.data.cache == "device" else torch.device("cpu")
     padding = config.augment.padding
     return CachedLoader(loader, device, lambda pixels, size, draws: augment.crop_padded(pixels, padding, size, draws))

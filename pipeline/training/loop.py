@@ -5,6 +5,7 @@ that number, random numbers too, so a run that goes on from a checkpoint does wh
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.models.catalog import Network, build
 from pipeline.models.precision import autocast_type
 from pipeline.models.resnet import zero_init_last_norm
 from pipeline.training import augment, checkpoint, optim
+from pipeline.training.augment import Geometry
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.counts import Outcome
 from pipeline.training.ema import Ema
@@ -71,6 +73,12 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
     return trainee.step == run.num_steps
 
 
+def refuse_impossible(run: TrainingRun, train_set: TrainingSet) -> None:
+    """Raise the ConfigError or BundleError that the run's workers would, before its name is taken."""
+    Trainee(run, replace(Worker(), device=torch.device("meta")), train_set)
+    Geometry(run.config.augment, run.preprocessing)
+
+
 def _go_on(run: TrainingRun, worker: Worker, trainee: "Trainee", log: Logbook) -> None:
     """From the last checkpoint, if there is one. Raises StorageError where ranks find different ones."""
     if (state := checkpoint.read_last(run.uri)) is not None:
@@ -94,7 +102,7 @@ class Trainee:
         self._precision = autocast_type(config.compute.precision, device)
         self._network = make_network(run).to(device).to(memory_format=torch.channels_last)
         optim.freeze(self._network, config.start)
-        if config.compute.sync_batch_norm and device.type != "cuda":
+        if config.compute.sync_batch_norm and run.device != "cuda":
             raise ConfigError("compute.sync_batch_norm: expected GPUs, torch synchronises norms on no other device")
         if config.compute.sync_batch_norm:
             self._network = nn.SyncBatchNorm.convert_sync_batchnorm(self._network)

@@ -35,7 +35,7 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     last = checkpoint.read_last(run.uri)
     if last is None or last["step"] < run.num_steps:
         done = 0 if last is None else last["step"]
-        raise RunError(f"expected {run.num_steps} steps to be done, found {done}: run again with --resume true")
+        raise RunError(f"expected {run.num_steps} steps to be done, found {done}: run again with --resume auto")
     best = checkpoint.read(run.uri, checkpoint.best_step(last["evaluations"]))
     network = make_network(run)
     network.load_state_dict(best["ema"] or best["network"])

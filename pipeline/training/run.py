@@ -10,6 +10,7 @@
 """
 
 import importlib.util
+import os
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -115,9 +116,9 @@ def make_run(config: TrainConfig) -> TrainingRun:
         start_uri=start,
         start_digest=None if start is None else Bundle.load(start).digest,
     )
-    if not config.resume and config.version in registry.list_versions(config.registry, config.name):
+    if not goes_on(run) and config.version in registry.list_versions(config.registry, config.name):
         raise ConfigError(f"version: {config.name}/{config.version} is published already; choose a new one")
-    _refuse_missing_exporters(config)
+    _refuse_missing_packages(config)
     if config.batch_size > run.num_images:
         raise ConfigError(
             f"batch_size: expected at most the {run.num_images} images of the set, got {config.batch_size}"
@@ -125,13 +126,18 @@ def make_run(config: TrainConfig) -> TrainingRun:
     return run
 
 
+def goes_on(run: TrainingRun) -> bool:
+    """Whether an earlier attempt at the run is to be gone on with."""
+    return run.config.resume is True or (run.config.resume == "auto" and storage.exists(_run_uri(run.uri)))
+
+
 def begin(run: TrainingRun) -> None:
     """Record the run, or find it recorded where `resume` is given; its name decides, never an accident.
 
     Raises ConfigError where the name is taken, or there is nothing to resume, or the run began otherwise.
     """
-    earlier = read_run(run.uri)
-    if run.config.resume:
+    if goes_on(run):
+        earlier = read_run(run.uri)
         if earlier is None:
             raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
         _refuse_change(earlier, run)
@@ -141,7 +147,7 @@ def begin(run: TrainingRun) -> None:
     except ObjectExistsError as error:
         raise ConfigError(
             f"run_id: {run.config.run_id!r} is there already under {run.config.output!r}; "
-            "go on with it by --resume true, or choose another name"
+            "go on with it by --resume auto, or choose another name"
         ) from error
     storage.write(storage.join(run.uri, "config.yaml"), run.config.to_yaml().encode())
 
@@ -156,8 +162,10 @@ def read_run(uri: str) -> TrainingRun | None:
         raise ConfigError(f"{_run_uri(uri)}: not a training run of this version:\n{describe(error)}") from error
 
 
-def _refuse_missing_exporters(config: TrainConfig) -> None:
-    """Days of training shall not end in an ImportError."""
+def _refuse_missing_packages(config: TrainConfig) -> None:
+    """Days of training shall not end in an ImportError, nor a name be taken by one that could not begin."""
+    if os.environ.get("MLFLOW_TRACKING_URI") and importlib.util.find_spec("mlflow") is None:
+        raise ConfigError("MLFLOW_TRACKING_URI is set, but mlflow is not installed: install it, or unset it")
     needed = ("onnxscript", "onnxruntime") if "onnx" in config.export else ()
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:

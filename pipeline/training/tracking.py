@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline import storage
-from pipeline.errors import ConfigError
+from pipeline.errors import RunError
 from pipeline.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _EVALUATION = ("evaluation_top1", "evaluation_top5", "evaluation_loss")
 class Tracker:
     """Takes what the logbook tells, on the driver; a context manager.
 
-    Raises ConfigError where MLflow is configured, but not installed.
+    Raises RunError where MLflow is configured, but cannot be told.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -77,13 +77,17 @@ def _not_worth_a_training() -> Iterator[None]:
 
 
 def _start_mlflow(run: TrainingRun) -> Any:
+    import mlflow
+
     try:
-        import mlflow
-    except ImportError as error:
-        raise ConfigError("MLFLOW_TRACKING_URI is set, but mlflow is not installed: install it, or unset it") from error
-    mlflow.set_experiment(run.config.name)
-    mlflow.start_run(run_name=run.config.run_id)
-    mlflow.log_params({"architecture": run.architecture.name, **_deciding(run)})
+        mlflow.set_experiment(run.config.name)
+        mlflow.start_run(run_name=run.config.run_id)
+        mlflow.log_params({"architecture": run.architecture.name, **_deciding(run)})
+    except Exception as error:  # its own, and those of many stores
+        raise RunError(
+            f"MLFLOW_TRACKING_URI: expected to begin a run at {mlflow.get_tracking_uri()!r}, got {error}; see to it or "
+            "unset it, then run again with --resume auto"
+        ) from error
     return mlflow
 
 

@@ -94,7 +94,7 @@ def test_storage_that_refuses_says_which_checkpoint_and_what_to_do(tmp_path):
     (tmp_path / "checkpoints").write_bytes(b"a file where the folder should be")
     writer = CheckpointWriter(f"file://{tmp_path}", CheckpointConfig())
     writer.write(state_at(10))
-    expected = r"checkpoint 'file://.*/000000010\.pt' of \d{3,} bytes cannot be written: .*run again with --resume true"
+    expected = r"checkpoint 'file://.*/000000010\.pt' of \d{3,} bytes cannot be written: .*run again with --resume auto"
     with pytest.raises(StorageError, match=expected):
         writer.wait()
     writer.wait()  # told once

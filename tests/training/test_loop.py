@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import PipelineError, RunError
 from pipeline.training import checkpoint
 from pipeline.training.feed import batches_of, make_loader
-from pipeline.training.loop import Trainee, make_network
+from pipeline.training.loop import Trainee, make_network, refuse_impossible
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Notice, Worker
 from tests.training_worlds import make_sets, make_square_sets, train_config, train_here, train_together
+from tests.worlds import make_bundle
 
 AUGMENTED = {
     "augment": {"crop": "pad", "size": 32, "policy": "trivial_augment", "random_erasing": 0.5, "mixup": 0.2},
@@ -175,9 +176,29 @@ def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
     assert counted == [[20, 20], [20, 20]]
 
 
-def test_synchronised_norms_are_refused_where_torch_has_none(root):
-    with pytest.raises(ConfigError, match=r"compute\.sync_batch_norm: expected GPUs"):
-        train_here(train_config(root, run_id="norms", compute={"sync_batch_norm": True}))
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"architecture": {"name": "resnet5"}}, "resnet5"),
+        ({"architecture": {"name": "cifar_resnet8", "arguments": {"depth": 3}}}, "depth"),
+        ({"augment": {"crop": "scale", "sides": (64, 48)}}, r"augment\.sides"),
+        ({"augment": {"crop": "pad", "size": 4, "padding": 4}}, r"augment\.padding"),
+        ({"compute": {"sync_batch_norm": True}}, r"compute\.sync_batch_norm: expected GPUs"),
+        ({"architecture": {"name": "mobilenet_v2"}, "start": {"zero_init_last_norm": True}}, "zero_init_last_norm"),
+    ],
+)
+def test_what_no_worker_could_begin_is_refused_before_its_name_is_taken(root, fields, told):
+    run = make_run(train_config(root, run_id="impossible", **fields)).model_copy(update={"device": "cpu"})
+    with pytest.raises(PipelineError, match=told):
+        refuse_impossible(run, TrainingSet.open(run.config.train))
+
+
+@pytest.mark.parametrize("start", [{}, {"bundle": "tiny", "freeze": "trunk"}])
+def test_a_possible_run_is_not_refused(root, start):
+    make_bundle(root / "registry")
+    fields = {"architecture": None, "evaluation": {}} if start else {}
+    run = make_run(train_config(root, run_id="possible", start=start, ema={"decay": 0.9}, **fields))
+    refuse_impossible(run.model_copy(update={"device": "cpu"}), TrainingSet.open(run.config.train))
 
 
 @pytest.mark.slow

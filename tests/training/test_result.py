@@ -147,7 +147,7 @@ def test_a_run_resumed_on_other_workers_publishes_the_same_bundle(sets, tmp_path
 @pytest.mark.parametrize(("top1", "done"), [({}, 0), ({3: 0.4, 6: 0.9}, 6)])
 def test_an_unfinished_run_is_not_published(run, tmp_path, top1, done):
     leave_states(run, top1)
-    with pytest.raises(RunError, match=f"expected 12 steps to be done, found {done}: run again with --resume true"):
+    with pytest.raises(RunError, match=f"expected 12 steps to be done, found {done}: run again with --resume auto"):
         publish(run)
     assert not (tmp_path / "registry").exists()
 

@@ -83,7 +83,7 @@ def test_a_start_bundle_that_is_not_there_is_refused(root):
 
 def test_a_name_that_is_taken_is_refused(root):
     begin(run_of(root))
-    with pytest.raises(ConfigError, match=r"run_id: 'first' is there already under .*; go on with it by --resume true"):
+    with pytest.raises(ConfigError, match=r"run_id: 'first' is there already under .*; go on with it by --resume auto"):
         begin(run_of(root))
     begin(run_of(root, run_id="second"))
 
@@ -92,6 +92,26 @@ def test_resuming_needs_a_run(root):
     with pytest.raises(ConfigError, match=r"resume: expected a run 'first' under .*, found none"):
         begin(run_of(root, resume=True))
     assert read_run(run_of(root).uri) is None
+
+
+def test_auto_begins_a_run_and_goes_on_with_it(root):
+    begin(run_of(root, resume="auto"))
+    begin(run_of(root, resume="auto"))
+    with pytest.raises(ConfigError, match="began otherwise"):
+        begin(run_of(root, resume="auto", seed=5))
+
+
+def test_auto_refuses_a_published_version_of_a_run_it_would_begin(root):
+    make_bundle(root / "registry", name="shapes")
+    with pytest.raises(ConfigError, match="shapes/1 is published already"):
+        run_of(root, resume="auto")
+
+
+def test_an_mlflow_that_is_not_installed_is_named_before_a_name_is_taken(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://nowhere")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="mlflow is not installed"):
+        run_of(root)
 
 
 def test_a_run_that_is_resumed_as_it_began_is_the_same(root):
@@ -117,12 +137,18 @@ CHANGED: list[tuple[str, dict[str, Any]]] = [
     ("augment.horizontal_flip", {"augment": {"crop": "center", "size": 32, "horizontal_flip": 0.1}}),
     ("data.num_lanes", {"data": {"num_lanes": 5}}),
     ("data.shuffle_window", {"data": {"shuffle_window": 5}}),
-    ("data.cache", {"data": {"cache": "memory"}}),  # packed images then come in another order
     ("data.max_pixels", {"data": {"max_pixels": 5}}),
     ("compute.precision", {"compute": {"precision": "bfloat16"}}),
     ("architecture.name", {"architecture": {"name": "cifar_resnet20"}}),
     ("evaluation.preprocessing.resize_size", {"evaluation": {"preprocessing": {"resize_size": 40, "crop_size": 32}}}),
 ]
+
+
+def test_a_resume_with_a_cache_is_refused_for_packed_images_come_in_another_order(root):
+    cropped = {"augment": {"crop": "pad", "size": 32}}
+    begin(run_of(root, **cropped))
+    with pytest.raises(ConfigError, match=r"data\.cache: began with 'none', now 'memory'"):
+        begin(run_of(root, resume=True, data={"cache": "memory"}, **cropped))
 
 
 @pytest.mark.parametrize(("name", "fields"), CHANGED, ids=[name for name, _ in CHANGED])
