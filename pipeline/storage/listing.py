@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.storage.concurrency import chain_ahead
@@ -23,9 +24,9 @@ def list_objects(uri: str, *, concurrency: int = 16) -> Iterator[ObjectInfo]:
     """Every object below `uri`, streamed in a fixed order: a folder's own objects, then its folders by name.
 
     The first level's folders are listed in parallel, at most `concurrency` at a time and a few pages ahead each, so
-    memory does not grow with the number of objects. Folder placeholders (empty names ending in `/`) are left out, and
-    so are temporary files. An empty or absent prefix yields nothing; an absent bucket raises ObjectNotFoundError.
-    Raises AccessDeniedError, StorageError.
+    memory does not grow with the number of objects. Links to folders are followed, but in circles. Folder placeholders
+    (empty names ending in `/`) are left out, and so are temporary files. An empty or absent prefix yields
+    nothing; an absent bucket raises ObjectNotFoundError. Raises AccessDeniedError, StorageError.
     """
     scheme, path = split(uri)
     if scheme == "file" and not os.path.isdir(path):
@@ -74,13 +75,19 @@ def _pages_of_files(path: str) -> Iterator[Page]:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
         if entry.is_dir():
-            if not entry.is_symlink():  # a link to a folder may close a circle
+            if not (entry.is_symlink() and _closes_circle(entry.path)):
                 page.folders.append(entry.path)
         elif not (entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX)):
             with suppress(FileNotFoundError):  # gone since, or a dangling link
                 status = entry.stat()
                 page.objects.append(ObjectInfo(f"file://{entry.path}", status.st_size, file_etag(status)))
     yield page
+
+
+def _closes_circle(link: str) -> bool:
+    """Whether a linked folder is one of those that it lies in, by whatever links they were reached."""
+    target = os.path.realpath(link)
+    return any(os.path.realpath(parent) == target for parent in Path(link).parents)
 
 
 def _pages_of_s3(path: str, delimiter: str) -> Iterator[Page]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,8 @@ from pipeline.errors import (
 )
 
 _OBSTORE_SCHEMES = ("s3", "gs", "az")
+_KNOWN_TO_OBSTORE = ("env", "assume-role-with-web-identity", "container-role", "iam-role")  # as botocore names them
+_ASKED_AGAIN_AFTER = timedelta(minutes=5)
 
 
 @cache
@@ -49,8 +51,10 @@ def is_for_obstore(scheme: str, key: str) -> bool:
 def obstore_of(scheme: str, bucket: str) -> Any:
     """The obstore store of a bucket."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    options = _of_aws_profile() if scheme == "s3" else {}
     return obstore.store.from_url(
         f"{scheme}://{bucket}",
+        **options,
         client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
         retry_config={
             "max_retries": 10,
@@ -58,6 +62,30 @@ def obstore_of(scheme: str, bucket: str) -> Any:
             "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
         },
     )
+
+
+def _of_aws_profile() -> dict[str, Any]:
+    """Region and credentials of a profile in ~/.aws, also of single sign-on, which s3fs knows and obstore does not."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        return {}
+    import botocore.session  # only where it is needed: it takes long
+
+    session = botocore.session.get_session()
+    found = session.get_credentials()
+    if found is None or found.method in _KNOWN_TO_OBSTORE:
+        return {}
+
+    def current() -> dict[str, Any]:
+        frozen = found.get_frozen_credentials()  # renewed where they are about to expire
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + _ASKED_AGAIN_AFTER,
+        }
+
+    region = session.get_config_variable("region")
+    return {"credential_provider": current, **({"region": region} if region else {})}
 
 
 def call_s3(operation: str, path: str, **request: Any) -> Any:
@@ -87,6 +115,8 @@ def translated(uri: str) -> Iterator[None]:
         obstore.exceptions.PermissionDeniedError,
         obstore.exceptions.UnauthenticatedError,
     ) as error:
+        if uri.startswith("file://"):
+            raise AccessDeniedError(f"{uri!r}: {getattr(error, 'strerror', error)}") from error
         raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}") from error
     except Exception as error:
         first_line = str(error).partition("\n")[0]

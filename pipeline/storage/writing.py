@@ -1,5 +1,6 @@
 """Writing objects whole, and removing them."""
 
+import errno
 import os
 import shutil
 import time
@@ -79,9 +80,22 @@ def _write_file(path: Path, data: bytes, if_absent: bool) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path) if if_absent else os.replace(temporary, path)
+        _link(temporary, path) if if_absent else os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(file: Path, to: Path) -> None:
+    """Give a whole file its name, unless there is one of that name: what else does both is no single step."""
+    try:
+        os.link(file, to)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise StorageError(
+            f"cannot write 'file://{to}' unless it is there: expected a file system with hard links, got "
+            f"{error.strerror}; use another, or the object store itself where this is one that is mounted"
+        ) from error
 
 
 def _put_by_obstore(scheme: str, path: str, data: bytes, if_absent: bool) -> bool:

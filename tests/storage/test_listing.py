@@ -98,9 +98,22 @@ def test_a_listing_left_early_stops_its_threads(tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
-def test_links_to_folders_are_not_followed_and_dangling_ones_are_passed_over(tmp_path: Path) -> None:
-    storage.write(f"file://{tmp_path}/folder/image.jpg", b"1")
-    (tmp_path / "folder" / "circle").symlink_to(tmp_path)
-    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "link.jpg").symlink_to(tmp_path / "folder" / "image.jpg")
-    assert uris_below(f"file://{tmp_path}") == [f"file://{tmp_path}/link.jpg", f"file://{tmp_path}/folder/image.jpg"]
+def test_links_are_followed_except_in_circles_and_dangling_ones_are_passed_over(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    storage.write(f"file://{root}/folder/image.jpg", b"1")
+    storage.write(f"file://{elsewhere}/far.jpg", b"1")
+    (root / "folder" / "circle").symlink_to(root)
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root / "folder")
+    (root / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (root / "link.jpg").symlink_to(root / "folder" / "image.jpg")
+    below = ["link.jpg", "folder/image.jpg", "linked/far.jpg", "linked/back/image.jpg"]
+    assert uris_below(f"file://{root}") == [f"file://{root}/{name}" for name in below]
+
+
+def test_two_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        storage.write(f"file://{tmp_path}/{name}/{name}.jpg", b"1")
+        (tmp_path / name / "other").symlink_to(tmp_path / other)
+    below = ["a/a.jpg", "a/other/b.jpg", "b/b.jpg", "b/other/a.jpg"]
+    assert uris_below(f"file://{tmp_path}") == [f"file://{tmp_path}/{name}" for name in below]

@@ -1,5 +1,8 @@
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,40 @@ def test_a_denied_object_is_access_denied_and_its_neighbours_are_not(s3_uri: str
                 touch(uri)
     assert storage.read(storage.join(s3_uri, "public.jpg")) == b"1"
     storage.filesystem("s3").call_s3("delete_bucket_policy", Bucket=bucket)
+
+
+@pytest.mark.s3
+def test_a_profile_of_aws_config_files_reads_and_writes(s3_uri: str, tmp_path: Path) -> None:
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    }
+    (tmp_path / ".aws").mkdir()
+    keys = "\n".join(f"{name.lower()} = {os.environ[name]}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    (tmp_path / ".aws/credentials").write_text(f"[pipeline]\n{keys}\n")
+    uri = storage.join(s3_uri, "a.jpg")
+    code = (
+        "import sys; from pipeline import storage; storage.write(sys.argv[1], b'1'); "
+        "print(storage.read(sys.argv[1]), storage.exists(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, uri]
+    told = subprocess.run(
+        command,
+        env={**env, "HOME": str(tmp_path), "AWS_PROFILE": "pipeline"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert told.stdout == "b'1' True\n", told.stderr
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match=r"a.json' unless it is there: expected a file system with hard links"):
+        storage.write(f"file://{tmp_path}/a.json", b"{}", if_absent=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_no_file_system_can_have_is_a_storage_error() -> None:
