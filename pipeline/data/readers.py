@@ -20,6 +20,7 @@ from pipeline.config import Section
 from pipeline.data.manifest import Shard
 from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, StorageError
 
+_LOOSE_BYTES_AHEAD = 256 << 20
 _TAR_CHUNK_BYTES = 4 << 20
 _TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
 _PACKED_ROWS = 32
@@ -71,15 +72,18 @@ def read_shard(
 ) -> Iterator[bytes | ImageError]:
     """The encoded bytes of every image of `shard`, or why they cannot be had, in the order of `images`.
 
-    Streams: at most `2 * concurrency` loose images are held ahead of the reader, or 64 packed ones and some 32 MB. The
-    errors have stage `fetch`: `not_found`, `access_denied`, `changed` (another size or etag than the manifest's),
-    `too_large` (loose, over `max_bytes`), `not_allowed` (outside `allowed_roots`), `storage_error` (the store failed,
-    after its retries), `unreadable` (a damaged packed source). Nothing is raised for an image.
+    Streams: at most `2 * concurrency` loose images and, where the manifest tells sizes, 256 MB are held ahead of the
+    reader, or 64 packed ones and some 32 MB. The errors have stage `fetch`: `not_found`, `access_denied`, `changed`
+    (another size or etag than the manifest's), `too_large` (loose, over `max_bytes`), `not_allowed` (outside
+    `allowed_roots`), `storage_error` (the store failed, after its retries), `unreadable` (a damaged packed source).
+    Nothing is raised for an image.
     """
     rows = image_refs(images)
     if shard.source is None:
         fetch = partial(fetch_image, allowed_roots=allowed_roots, max_bytes=max_bytes)
-        yield from storage.map_concurrently(fetch, rows, concurrency)
+        yield from storage.map_concurrently(
+            fetch, rows, concurrency, size_of=lambda image: image.size or 0, max_size=_LOOSE_BYTES_AHEAD
+        )
         return
     error = None if _is_allowed(shard.source, allowed_roots) else _not_allowed(shard.source)
     read_source = _read_tar if shard.source_row_group is None else _read_row_group

@@ -191,8 +191,8 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
         if attempt > MAX_DEATHS:
             raise RunError(
                 f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
-                "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches or shards, "
-                "fewer actors) or lost nodes, then run again"
+                "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches, a lower "
+                "images.fetch_concurrency, fewer actors) or lost nodes, then run again"
             )
         yield attempt
         attempts.end.remote(stage, shard.shard_id)

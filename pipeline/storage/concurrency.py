@@ -17,19 +17,32 @@ _ITEMS_AHEAD = 4  # of each source
 
 
 def map_concurrently(
-    function: Callable[[T], R], items: Iterable[T], concurrency: int = 32, *, pool: Executor | None = None
+    function: Callable[[T], R],
+    items: Iterable[T],
+    concurrency: int = 32,
+    *,
+    pool: Executor | None = None,
+    size_of: Callable[[T], int] = lambda item: 0,
+    max_size: int = 1,
 ) -> Iterator[R]:
     """`function` over `items` in `concurrency` threads, results in order, at most twice that many items ahead.
 
     For requests that wait on a store, and for work that lets go of the interpreter; with `pool`, in its threads, which
-    outlive the iterator. An exception is raised at its item's turn.
+    outlive the iterator. The items ahead have a total `size_of` of at most `max_size`, but for one that is larger
+    alone. An exception is raised at its item's turn.
     """
     threads = pool or ThreadPoolExecutor(concurrency, thread_name_prefix="storage")
     pending: deque[Future[R]] = deque()
+    sizes: deque[int] = deque()
     try:
         for item in items:
+            sizes.append(size_of(item))
+            while pending and sum(sizes) > max_size:
+                sizes.popleft()
+                yield pending.popleft().result()
             pending.append(threads.submit(function, item))
             if len(pending) >= 2 * concurrency:
+                sizes.popleft()
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -1,16 +1,18 @@
 """Listing what lies below a prefix, in a fixed order and without holding it all."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import obstore
+
 from pipeline.storage.concurrency import chain_ahead
 from pipeline.storage.names import TEMPORARY_SUFFIX, split
 from pipeline.storage.objects import ObjectInfo, clean_etag, file_etag
-from pipeline.storage.stores import filesystem, translated
+from pipeline.storage.stores import OBSTORE_ALONE, filesystem, obstore_of, translated
 
 
 class Page(NamedTuple):
@@ -23,15 +25,19 @@ class Page(NamedTuple):
 def list_objects(uri: str, *, concurrency: int = 16) -> Iterator[ObjectInfo]:
     """Every object below `uri`, streamed in a fixed order: a folder's own objects, then its folders by name.
 
-    The first level's folders are listed in parallel, at most `concurrency` at a time and a few pages ahead each, so
-    memory does not grow with the number of objects. Links to folders are followed, but in circles. Folder placeholders
-    (empty names ending in `/`) are left out, and so are temporary files. An empty or absent prefix yields
-    nothing; an absent bucket raises ObjectNotFoundError. Raises AccessDeniedError, StorageError.
+    That of `gs` and `az` is by name throughout. The first level's folders are listed in parallel, at most `concurrency`
+    at a time and a few pages ahead each, so memory does not grow with the number of objects. Links to folders are
+    followed, but in circles. Folder placeholders (empty names ending in `/`) are left out, and so are temporary files.
+    An empty or absent prefix yields nothing; an absent bucket raises ObjectNotFoundError. Raises AccessDeniedError,
+    StorageError.
     """
     scheme, path = split(uri)
     if scheme == "file" and not os.path.isdir(path):
         return
     with translated(uri):
+        if scheme in OBSTORE_ALONE:
+            yield from _stream_of_obstore(scheme, path)
+            return
         folders: list[str] = []
         for page in _level(scheme, path):
             yield from page.objects
@@ -54,6 +60,8 @@ def _level(scheme: str, path: str) -> Iterator[Page]:
     """The folder at `path`, without what lies deeper."""
     if scheme == "file":
         return _pages_of_files(path)
+    if scheme in OBSTORE_ALONE:
+        return _pages_of_obstore(scheme, path)
     return _pages_of_s3(path, "/") if scheme == "s3" else _pages_of_fsspec(scheme, path)
 
 
@@ -107,6 +115,26 @@ def _pages_of_s3(path: str, delimiter: str) -> Iterator[Page]:
         if not answer.get("IsTruncated"):
             return
         request["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _stream_of_obstore(scheme: str, path: str) -> Iterator[ObjectInfo]:
+    bucket, _, prefix = path.partition("/")
+    for entries in obstore.list(obstore_of(scheme, bucket), prefix or None, chunk_size=1000):
+        yield from _infos_of_obstore(scheme, bucket, entries)
+
+
+def _pages_of_obstore(scheme: str, path: str) -> Iterator[Page]:
+    bucket, _, prefix = path.partition("/")
+    found = obstore.list_with_delimiter(obstore_of(scheme, bucket), prefix or None)
+    folders = [f"{bucket}/{folder}" for folder in found["common_prefixes"]]
+    yield Page(_infos_of_obstore(scheme, bucket, found["objects"]), folders)
+
+
+def _infos_of_obstore(scheme: str, bucket: str, entries: Iterable[Any]) -> list[ObjectInfo]:
+    return [
+        ObjectInfo(f"{scheme}://{bucket}/{entry['path']}", entry["size"], clean_etag(entry["e_tag"]))
+        for entry in entries
+    ]
 
 
 def _pages_of_fsspec(scheme: str, path: str) -> Iterator[Page]:

@@ -13,7 +13,7 @@ import obstore
 from pipeline.errors import ObjectNotFoundError, StorageError
 from pipeline.storage.names import split
 from pipeline.storage.objects import ObjectInfo, StoredObject, clean_etag, file_etag
-from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
+from pipeline.storage.stores import OBSTORE_ALONE, call_s3, filesystem, is_for_obstore, obstore_of, translated
 
 _UNTOLD_BYTES = 1 << 20
 _Found: TypeAlias = tuple[bytes | obstore.Bytes, str | None]
@@ -49,6 +49,10 @@ def head(uri: str) -> ObjectInfo:
         if scheme == "s3":
             found = call_s3("head_object", path)
             return ObjectInfo(uri, found["ContentLength"], clean_etag(found["ETag"]))
+        if scheme in OBSTORE_ALONE:
+            bucket, _, key = path.partition("/")
+            meta = obstore.head(obstore_of(scheme, bucket), key)
+            return ObjectInfo(uri, meta["size"], clean_etag(meta["e_tag"]))
         info = filesystem(scheme).info(path)
         if info["type"] == "directory":
             raise IsADirectoryError(path)

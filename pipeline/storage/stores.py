@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import obstore.exceptions
 import obstore.store
+from obstore.fsspec import FsspecStore
 
 from pipeline.errors import (
     AccessDeniedError,
@@ -20,7 +21,7 @@ from pipeline.errors import (
     StorageError,
 )
 
-_OBSTORE_SCHEMES = ("s3", "gs", "az")
+OBSTORE_ALONE = ("gs", "az")  # fsspec's own for these tell etags that differ from those that obstore reads under
 _KNOWN_TO_OBSTORE = ("env", "assume-role-with-web-identity", "container-role", "iam-role")  # as botocore names them
 _ASKED_AGAIN_AFTER = timedelta(minutes=5)
 
@@ -31,6 +32,9 @@ def filesystem(scheme: str) -> Any:
 
     Raises ConfigError where the package that serves the scheme is not installed.
     """
+    if scheme in OBSTORE_ALONE:
+        of_obstore: Any = FsspecStore  # whose overloads want a literal
+        return of_obstore(scheme, **_obstore_options())
     if scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL"):
         # S3-compatible stores refuse the AWS SDK's newer default checksums (411 MissingContentLength).
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
@@ -44,24 +48,28 @@ def filesystem(scheme: str) -> Any:
 
 def is_for_obstore(scheme: str, key: str) -> bool:
     """Whether obstore can be asked for `key`; it still refuses some names, with ValueError."""
-    return scheme in _OBSTORE_SCHEMES and key == key.strip("/")  # it drops slashes at the ends: another object's name
+    return scheme in ("s3", *OBSTORE_ALONE) and key == key.strip(
+        "/"
+    )  # it drops slashes at the ends: another object's name
 
 
 @cache
 def obstore_of(scheme: str, bucket: str) -> Any:
     """The obstore store of a bucket."""
+    profile = _of_aws_profile() if scheme == "s3" else {}
+    return obstore.store.from_url(f"{scheme}://{bucket}", **_obstore_options(), **profile)
+
+
+def _obstore_options() -> dict[str, Any]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-    options = _of_aws_profile() if scheme == "s3" else {}
-    return obstore.store.from_url(
-        f"{scheme}://{bucket}",
-        **options,
-        client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
-        retry_config={
+    return {
+        "client_options": {"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
+        "retry_config": {
             "max_retries": 10,
             "retry_timeout": timedelta(seconds=60),
             "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
         },
-    )
+    }
 
 
 def _of_aws_profile() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def delete(uri: str) -> None:
     with translated(uri), suppress(FileNotFoundError):
         if scheme == "file":
             os.unlink(path)
-        elif scheme == "s3":
+        elif scheme == "s3":  # whose names obstore does not know all
             call_s3("delete_object", path)
         else:
             filesystem(scheme).rm_file(path)

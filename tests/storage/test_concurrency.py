@@ -26,6 +26,26 @@ def test_mapping_concurrently_keeps_order_and_stays_a_bounded_way_ahead() -> Non
     results.close()  # type: ignore[attr-defined]
 
 
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), max_size=30), max_size=st.integers(1, 20), concurrency=st.integers(1, 4))
+def test_items_ahead_have_a_bounded_size(sizes: list[int], max_size: int, concurrency: int) -> None:
+    submitted: list[int] = []
+
+    def submit(number: int) -> int:
+        submitted.append(number)
+        return number
+
+    places = range(len(sizes))
+    results = storage.map_concurrently(submit, places, concurrency, size_of=lambda n: sizes[n], max_size=max_size)
+    for number, result in enumerate(results):
+        assert result == number
+        time.sleep(0)
+        ahead = [n for n in list(submitted) if n > number]
+        assert len(ahead) < 2 * concurrency
+        assert sum(sizes[n] for n in ahead) <= max_size or len(ahead) == 1
+    assert sorted(submitted) == list(places)
+
+
 def test_mapping_concurrently_raises_at_the_items_turn() -> None:
     results = storage.map_concurrently(lambda number: 1 // (2 - number), range(5), concurrency=2)
     assert [next(results), next(results)] == [0, 1]
