@@ -61,6 +61,8 @@ class EvaluateConfig(JobConfig):
     """Which views of an image are judged."""
     images: ReadLimits = ReadLimits()
     """How images are read."""
+    max_error_rate: float = Field(0.01, ge=0, le=1)
+    """Share of the images that may be impossible to fetch or decode; of more there is no verdict."""
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass; unset: 16 on CPUs, 256 on GPUs, as in predict."""
     compute: EvaluateComputeConfig = EvaluateComputeConfig()
@@ -113,6 +115,7 @@ def _judge(
         images=config.images,
         batch_size=config.batch_size or default_batch_size(device),
         keep_hardest=_NUM_HARDEST if config.output else 0,
+        max_error_rate=config.max_error_rate,
     )
     work = partial(judge_bundle, bundle_uri, manifest.uri, setup, compute.precision)
     with EvaluationProgress(num_images=manifest.num_images, interval_s=config.progress_interval_s) as progress:

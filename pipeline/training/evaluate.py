@@ -43,7 +43,7 @@ _TOP = 5
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """How to evaluate. `precision` is autocast's, None for the weights' own; `batch_size` images are one forward pass,
-    fewer where multi_scale makes them larger than a crop.
+    fewer where multi_scale makes them larger than a crop; `max_error_rate` is the share of them that may be unusable.
     """
 
     preprocessing: Preprocessing
@@ -54,6 +54,7 @@ class Setup:
     precision: torch.dtype | None = None
     keep_hardest: int = 0
     num_threads: int = 1
+    max_error_rate: float = 1.0
 
 
 # --- which images ----------------------------------------------------------------------------------------------------
@@ -130,8 +131,9 @@ def evaluate(
     run in eval mode, and each of its modules has its own mode back afterwards. `reduce` is called equally often on
     every rank, with tensors on that device. `on_progress` hears the number of images done by this rank.
 
-    Raises ManifestError as `check_labels` does, before any image is read; RunError where not one image could be judged;
-    StorageError, on the rank that meets it, where the store fails: the figures would depend on its weather.
+    Raises ManifestError as `check_labels` does, before any image is read; RunError where not one image could be judged
+    or more than `max_error_rate` could not; StorageError, on the rank that meets it, where the store fails: the figures
+    would depend on its weather.
     """
     assert world_size == 1 or reduce is not None
     num_classes, device = network.num_classes, setup.device
@@ -139,11 +141,16 @@ def evaluate(
     outcome = evaluate_parts(network, manifest, parts_of(manifest, rank, world_size), setup, on_progress=on_progress)
     counts = outcome.counts if reduce is None else outcome.counts.summed(reduce, device)
     assert counts.num_images + counts.num_errors == manifest.num_images
+    kinds = dict(Counter(f"{failed.stage}/{failed.error}" for failed in outcome.errors))
     if not counts.num_images:
-        kinds = dict(Counter(f"{failed.stage}/{failed.error}" for failed in outcome.errors))
         raise RunError(
             f"expected images to judge in {manifest.uri!r}, but none of its {manifest.num_images} could be used "
             f"(rank {rank}: {kinds}). Is the folder mounted, the key valid, the network finite?"
+        )
+    if counts.num_errors > setup.max_error_rate * manifest.num_images:
+        raise RunError(
+            f"expected at most {setup.max_error_rate:.2%} of the {manifest.num_images} images of {manifest.uri!r} to "
+            f"be unusable (max_error_rate), {counts.num_errors} are (rank {rank}: {kinds})"
         )
     return replace(outcome, counts=counts)
 

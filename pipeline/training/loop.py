@@ -250,6 +250,7 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
         batch_size=run.config.evaluation.batch_size,
         device=worker.device,
         keep_hardest=NUM_HARDEST,
+        max_error_rate=data.max_error_rate,
         num_threads=data.decode_threads or worker.num_threads,
     )
     worker.share_buffers(trainee.judged_network)

@@ -23,7 +23,7 @@ def world(tmp_path_factory) -> Path:
 
 def evaluate(world: Path, **fields: Any) -> dict[str, Any]:
     places = {name: world / name for name in ("manifest", "registry")}
-    return run_job("evaluate", **{**places, "bundle": "tiny", **fields})
+    return run_job("evaluate", **{**places, "bundle": "tiny", "max_error_rate": 0.1, **fields})
 
 
 @pytest.fixture(scope="module")

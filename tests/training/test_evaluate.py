@@ -337,6 +337,12 @@ def test_a_vanished_folder_is_no_result(world, manifest, monkeypatch):
         evaluate(network_of(world), manifest, SETUP)
 
 
+def test_a_set_of_which_too_much_is_unusable_has_no_figures(world, manifest):
+    evaluate(network_of(world), manifest, replace(SETUP, max_error_rate=0.1))
+    with pytest.raises(RunError, match=r"at most 9\.00% of the 30 images .* to be unusable \(max_error_rate\), 3 are"):
+        evaluate(network_of(world), manifest, replace(SETUP, max_error_rate=0.09))
+
+
 def test_an_image_that_the_network_answers_with_nan_is_an_error_and_not_a_wrong_answer(world, tmp_path):
     manifest = drawn(tmp_path, [(40, 40)] * 6)
     network = network_of(world)
