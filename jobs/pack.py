@@ -27,7 +27,6 @@ from pipeline.config import JobConfig, refuse_change
 from pipeline.data.manifest import Manifest, Shard, write_manifest
 from pipeline.data.pack import Reencode, converting, encode, pack_images
 from pipeline.data.packed import PackedSource
-from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.shuffle import ShuffledSource
 from pipeline.errors import ConfigError, ObjectExistsError, ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
@@ -195,19 +194,9 @@ def pack_shard(rows: Row, work: Work, attempts: Any) -> Row:
 def pack_and_write(work: Work, manifest: Manifest, shard: Shard, attempt: int = 1) -> Receipt:
     """Pack a shard and write its two files; knows nothing of Ray. Raises StorageError."""
     start = time.perf_counter()
-    images, limits = manifest.images(shard), work.images
-    encoded = read_shard(
-        shard,
-        images,
-        allowed_roots=limits.allowed_roots,
-        max_bytes=limits.max_bytes,
-        concurrency=limits.fetch_concurrency,
-    )
-    encoded = refusing_outages(
-        encoded, shard, max_storage_errors=limits.max_storage_errors, accept_lost_shards=limits.accept_lost_shards
-    )
-    with converting(work.reencode, check=work.check, max_pixels=limits.max_pixels, isolated=attempt > 1) as convert:
-        packed = pack_images(images, encoded, convert, work.lineage)
+    images, pixels = manifest.images(shard), work.images.max_pixels
+    with converting(work.reencode, check=work.check, max_pixels=pixels, isolated=attempt > 1) as convert:
+        packed = pack_images(images, work.images.fetch(shard, images), convert, work.lineage)
     write_start = time.perf_counter()
     errors = writing.errors_table(images, packed.errors, work.lineage)
     files = [

@@ -1,13 +1,16 @@
 """What a predict run is told: which images, bundles and tables, where the work runs, what it costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import JobConfig, Section
-from pipeline.data.readers import ReadLimits
+from pipeline.data.manifest import Shard
+from pipeline.data.readers import ReadLimits, read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
+from pipeline.errors import ImageError
 from pipeline.models.precision import AgreementLimits, AskedPrecision
 from pipeline.tables.schemas import TABLES, EmbeddingType, TableName
 
@@ -54,6 +57,25 @@ class ImagesConfig(ReadLimits):
     max_storage_errors: int = Field(10, ge=0)
     """More images than this of one shard lost to a failing store (5xx or time-outs after retries) stop the run, to be
     gone on with when the store is back; fewer become rows of the errors table."""
+
+    def fetch(self, shard: Shard, images: pa.Table) -> Iterator[bytes | ImageError]:
+        """The encoded images of a shard, the rows of which are `images`, or why they cannot be had, in order.
+
+        Raises StorageError where that looks like an outage, as `refusing_outages` says.
+        """
+        encoded = read_shard(
+            shard,
+            images,
+            allowed_roots=self.allowed_roots,
+            max_bytes=self.max_bytes,
+            concurrency=self.fetch_concurrency,
+        )
+        return refusing_outages(
+            encoded,
+            shard,
+            max_storage_errors=self.max_storage_errors,
+            accept_lost_shards=self.accept_lost_shards,
+        )
 
     def decode_options(self, preprocessings: Sequence[Preprocessing]) -> "DecodeOptions":
         """For `images.decode`, of images that all of `preprocessings` are applied to."""

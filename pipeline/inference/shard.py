@@ -16,7 +16,6 @@ from pipeline.data import images as image_data
 from pipeline.data.gpu_loader import GpuDecoder, Prepared, prepare
 from pipeline.data.loader import Batch, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.readers import read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 from pipeline.inference.commit import Receipt
@@ -64,22 +63,9 @@ def load_shard(
 def fetch_shard(run: Run, manifest: Manifest, shard: Shard) -> Iterator[bytes | ImageError]:
     """The encoded images of one shard, or why they cannot be had, in order.
 
-    Raises StorageError where more images than the run allows are lost to a failing store, and where all of several are
-    gone or denied.
+    Raises StorageError where that looks like an outage.
     """
-    encoded = read_shard(
-        shard,
-        manifest.images(shard),
-        allowed_roots=run.images.allowed_roots,
-        max_bytes=run.images.max_bytes,
-        concurrency=run.images.fetch_concurrency,
-    )
-    return refusing_outages(
-        encoded,
-        shard,
-        max_storage_errors=run.images.max_storage_errors,
-        accept_lost_shards=run.images.accept_lost_shards,
-    )
+    return run.images.fetch(shard, manifest.images(shard))
 
 
 def decode_batches(

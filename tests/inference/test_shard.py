@@ -168,7 +168,7 @@ def test_a_network_that_answers_nan_makes_error_rows(world, monkeypatch):
 
 def test_a_failing_store_stops_the_run_instead_of_filling_the_errors_table(world, monkeypatch):
     outage = ImageError("fetch", "storage_error", "503 Slow Down")
-    monkeypatch.setattr("pipeline.inference.shard.read_shard", lambda *args, **options: iter([outage] * 8))
+    monkeypatch.setattr("pipeline.inference.config.read_shard", lambda *args, **options: iter([outage] * 8))
     plan = plan_of(world, images={"max_storage_errors": 7})
     shard = next(plan.pending_shards())
     options = {"num_threads": 1, "isolated": False, "log": LoadLog()}
@@ -187,7 +187,7 @@ def test_a_failing_store_stops_the_run_instead_of_filling_the_errors_table(world
 )
 def test_a_shard_that_is_lost_whole_stops_the_run_unless_that_is_accepted(world, monkeypatch, kind, told):
     gone = ImageError("fetch", kind, "it is not as the manifest says")
-    monkeypatch.setattr("pipeline.inference.shard.read_shard", lambda *args, **options: iter([gone] * 8))
+    monkeypatch.setattr("pipeline.inference.config.read_shard", lambda *args, **options: iter([gone] * 8))
     refusing, accepting = plan_of(world), plan_of(world, images={"accept_lost_shards": True})
     shard = next(refusing.pending_shards())
     with pytest.raises(StorageError, match=rf"none of its 8 images can be fetched.*{told}"):

@@ -242,7 +242,7 @@ def test_a_receipt_that_lost_an_image_is_not_published(world, tmp_path, without_
 def test_a_store_that_is_down_stops_the_packing_and_commits_nothing(world, tmp_path, without_ray, monkeypatch):
     outage = ImageError("fetch", "storage_error", "503 Slow Down")
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.pack.read_shard", lambda *args, **options: iter([outage] * 30))
+        patch.setattr("pipeline.inference.config.read_shard", lambda *args, **options: iter([outage] * 30))
         with pytest.raises(StorageError, match=r"at most 10 images lost to a failing store.*503 Slow Down"):
             pack(world, tmp_path / "packed")
     assert not (tmp_path / "packed/data").exists()
