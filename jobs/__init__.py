@@ -145,7 +145,8 @@ def _start_ray() -> None:
     for starts_left in reversed(range(NUM_STARTS)):
         children = _children()
         try:
-            ray.init("local", include_dashboard=False, **_QUIET)
+            with _in_another_process_group():
+                ray.init("local", include_dashboard=False, **_QUIET)
             return
         except Exception as error:
             for pid in _children() - children:  # half a cluster, which none but us knows of
@@ -157,6 +158,20 @@ def _start_ray() -> None:
                     "machine overloaded, its memory or the disk of /tmp/ray full? Run the same command again to go on"
                 ) from error
             print(f"Ray did not start, trying again: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _in_another_process_group() -> Iterator[None]:
+    """Who is started meanwhile does not get the signals that `timeout` sends to all of the job's process group: without
+    its Ray a job could not end in order."""
+    group = os.getpgrp()
+    with contextlib.suppress(PermissionError):  # leads a session
+        os.setpgid(0, 0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # nobody else was in that group, or is left in it
+            os.setpgid(0, group)
 
 
 def _children() -> set[int]:

@@ -146,6 +146,41 @@ def test_a_local_ray_that_never_starts_is_told_in_a_line(
     assert "Traceback" not in errors
 
 
+USE_RAY = """
+import sys, time
+from jobs import connected_ray, run_job
+from pipeline.config import JobConfig
+
+class Example(JobConfig):
+    "An example."
+
+def main(config):
+    with connected_ray():
+        import ray
+        print("ready", file=sys.stderr, flush=True)
+        try:
+            time.sleep(300)
+        finally:
+            print("one", ray.get(ray.remote(lambda: 1).remote()), file=sys.stderr, flush=True)
+
+run_job(Example, main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_signal_to_the_whole_process_group_leaves_a_job_the_ray_it_started() -> None:
+    own_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = ["timeout", "300", sys.executable, "-c", USE_RAY]  # which has the job in a group of its own
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    job = subprocess.Popen(command, env=own_ray, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    assert job.stderr.readline() == "ready\n"
+    os.killpg(job.pid, signal.SIGTERM)
+    out, errors = job.communicate(timeout=100)
+    assert errors.startswith("one 1\n"), errors
+    assert json.loads(out.splitlines()[-1])["status"] == "stopped"
+
+
 @pytest.mark.parametrize(
     ("address", "code", "told"),
     [
