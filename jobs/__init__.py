@@ -124,7 +124,7 @@ def _join_ray(address: str) -> None:
         raise ConfigError(
             f"RAY_ADDRESS: expected host:port of a cluster's head, got {address!r}: {error}; unset it for a local Ray"
         ) from error
-    except (OSError, RuntimeError) as error:  # nobody there, or one of another version
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # nobody there, of another version, or closed
         raise RunError(
             f"RAY_ADDRESS: expected a Ray cluster to join at {address!r}, got {type(error).__name__}: {error}; start "
             "it (`ray start --head`), name another, or unset RAY_ADDRESS for a local Ray"
@@ -149,6 +149,8 @@ def _start_ray() -> None:
                 ray.init("local", include_dashboard=False, **_QUIET)
             return
         except Exception as error:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
             for pid in _children() - children:  # half a cluster, which none but us knows of
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

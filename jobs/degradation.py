@@ -49,7 +49,7 @@ class DegradationConfig(TrainConfig):
     """Layers of the nets, which are those of CIFAR: 6n+2."""
     kinds: list[Kind] = Field(["plain", "residual"], min_length=1)
     """Nets without and with shortcuts."""
-    resume: bool = True
+    resume: bool | Literal["auto"] = True
     """Go on with the nets that are recorded already; false: refuse a name that is taken."""
     architecture: Architecture | None = Architecture(name="cifar_resnet20")
     """Of no account here, where each net has its own; so that the config of a single training is one of this job."""
@@ -167,8 +167,10 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
         use_gpu=device == "cuda",
         num_lanes=config.data.num_lanes,
     )
+    train_set = TrainingSet.open(nets[0].run.config.train)
     for net in nets:
-        refuse_impossible(net.run, TrainingSet.open(net.run.config.train))
+        refuse_impossible(net.run, train_set)
+    for net in nets:
         begin(net.run)
     done = {net.name: max(checkpoint.list_steps(net.run.uri), default=0) for net in nets}
     unfinished = [net for net in nets if done[net.name] < net.run.num_steps]

@@ -20,7 +20,7 @@ from pipeline.config import Section
 from pipeline.data.manifest import Shard
 from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, StorageError
 
-_LOOSE_BYTES_AHEAD = 256 << 20
+LOOSE_BYTES_AHEAD = 256 << 20
 _TAR_CHUNK_BYTES = 4 << 20
 _TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
 _PACKED_ROWS = 32
@@ -82,7 +82,7 @@ def read_shard(
     if shard.source is None:
         fetch = partial(fetch_image, allowed_roots=allowed_roots, max_bytes=max_bytes)
         yield from storage.map_concurrently(
-            fetch, rows, concurrency, size_of=lambda image: image.size or 0, max_size=_LOOSE_BYTES_AHEAD
+            fetch, rows, concurrency, size_of=lambda image: image.size or 0, max_size=LOOSE_BYTES_AHEAD
         )
         return
     error = None if _is_allowed(shard.source, allowed_roots) else _not_allowed(shard.source)
@@ -244,7 +244,7 @@ def _as_image_error(error: Exception, uri: str) -> ImageError:
     if isinstance(error, ObjectNotFoundError):
         return ImageError("fetch", "not_found", f"expected an object at {uri!r}, found none")
     if isinstance(error, AccessDeniedError):
-        return ImageError("fetch", "access_denied", f"the credentials do not allow reading {uri!r}")
+        return ImageError("fetch", "access_denied", f"expected to be allowed to read {uri!r}, was refused")
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno):  # pyarrow's own have no number
         return ImageError("fetch", "storage_error", f"the store failed on {uri!r}")
     return ImageError("fetch", "unreadable", f"{uri!r} cannot be read: {type(error).__name__}")

@@ -18,7 +18,7 @@ import torch
 from pipeline import storage
 from pipeline.data import images
 from pipeline.data.manifest import Shard
-from pipeline.data.readers import ImageRef, ReadLimits, fetch_image, image_refs, read_shard
+from pipeline.data.readers import LOOSE_BYTES_AHEAD, ImageRef, ReadLimits, fetch_image, image_refs, read_shard
 from pipeline.data.sampler import EpochOrder, Steps, Window
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, ImageError, StorageError
@@ -140,7 +140,13 @@ class TrainLoader:
         self, items: Iterator["_Item"], sizes_and_draws: Iterable[tuple[int, Draws]]
     ) -> Iterator["_Decoded"]:
         if not self.images.is_packed:
-            items = storage.map_concurrently(self._fetched, items, self.limits.fetch_concurrency)
+            items = storage.map_concurrently(
+                self._fetched,
+                items,
+                self.limits.fetch_concurrency,
+                size_of=lambda item: item.ref.size or 0,
+                max_size=LOOSE_BYTES_AHEAD,
+            )
         return storage.map_concurrently(self._decoded, zip(items, sizes_and_draws, strict=False), self.num_threads)
 
     def _fetched(self, item: "_Item") -> "_Item":

@@ -233,7 +233,8 @@ def _failure(error: BaseException) -> PipelineError:
     logging.getLogger(__name__).error("a worker failed: %s", error)  # unforeseen, so the traceback is wanted
     raised = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception)\b.*", text, re.MULTILINE)
     cause = (raised or [text])[-1]
-    return RunError(cause + ("; set a smaller compute.batch_size" if "torch.OutOfMemoryError" in cause else ""))
+    remedy = " Set a smaller compute.batch_size and another run_id" if "torch.OutOfMemoryError" in cause else ""
+    return RunError(cause + remedy)
 
 
 def start_attempts() -> Any:

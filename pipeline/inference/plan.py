@@ -193,10 +193,9 @@ def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model
 def _unlike_default(config: PredictConfig) -> list[Any]:
     """Other fields that decide the tables' bytes, where they are set; left out otherwise, as before there were any."""
     default, compute = ComputeConfig(), config.compute
-    names = ("precision", "compile", "decode", "device", "batch_size")
+    names = ("precision", "compile", "decode")
     fields: list[tuple[Any, Any]] = [(getattr(compute, name), getattr(default, name)) for name in names]
     fields += [(compute.agreement.model_dump(), default.agreement.model_dump()), (config.images.reduced_decode, None)]
-    fields += [(getattr(config.images, name), getattr(ImagesConfig(), name)) for name in ("allowed_roots", "max_bytes")]
     return [value for value, usual in fields if value != usual]
 
 

@@ -67,7 +67,7 @@ def precisions(asked: AskedPrecision, device: "torch.device") -> list[Precision]
 
 @cache  # once in a process
 def _warn_if_emulated(precision: Precision, device: "torch.device") -> None:
-    if precision == "bfloat16" and not has_fast_bfloat16(device):
+    if precision == "bfloat16" and device.type != "meta" and not has_fast_bfloat16(device):
         logger.warning(
             "bfloat16 was asked for, but this %s is not known to have instructions for it: emulated, it is slower than "
             "float32, on some by tens of times. Set the precision to auto or float32, or use other nodes",

@@ -119,22 +119,28 @@ def _pages_of_s3(path: str, delimiter: str) -> Iterator[Page]:
 
 def _stream_of_obstore(scheme: str, path: str) -> Iterator[ObjectInfo]:
     bucket, _, prefix = path.partition("/")
-    for entries in obstore.list(obstore_of(scheme, bucket), prefix or None, chunk_size=1000):
-        yield from _infos_of_obstore(scheme, bucket, entries)
+    entries = (entry for chunk in obstore.list(obstore_of(scheme, bucket), prefix or None) for entry in chunk)
+    empty: ObjectInfo | None = None  # perhaps a placeholder, which obstore names without its slash
+    for info in _infos_of_obstore(scheme, bucket, entries):
+        if empty is not None and not info.uri.startswith(empty.uri + "/"):
+            yield empty
+        empty = None if info.size else info
+        if info.size:
+            yield info
+    if empty is not None:
+        yield empty
 
 
 def _pages_of_obstore(scheme: str, path: str) -> Iterator[Page]:
     bucket, _, prefix = path.partition("/")
     found = obstore.list_with_delimiter(obstore_of(scheme, bucket), prefix or None)
     folders = [f"{bucket}/{folder}" for folder in found["common_prefixes"]]
-    yield Page(_infos_of_obstore(scheme, bucket, found["objects"]), folders)
+    yield Page(list(_infos_of_obstore(scheme, bucket, found["objects"])), folders)
 
 
-def _infos_of_obstore(scheme: str, bucket: str, entries: Iterable[Any]) -> list[ObjectInfo]:
-    return [
-        ObjectInfo(f"{scheme}://{bucket}/{entry['path']}", entry["size"], clean_etag(entry["e_tag"]))
-        for entry in entries
-    ]
+def _infos_of_obstore(scheme: str, bucket: str, entries: Iterable[Any]) -> Iterator[ObjectInfo]:
+    for entry in entries:
+        yield ObjectInfo(f"{scheme}://{bucket}/{entry['path']}", entry["size"], clean_etag(entry["e_tag"]))
 
 
 def _pages_of_fsspec(scheme: str, path: str) -> Iterator[Page]:

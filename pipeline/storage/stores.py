@@ -22,8 +22,8 @@ from pipeline.errors import (
 )
 
 OBSTORE_ALONE = ("gs", "az")  # fsspec's own for these tell etags that differ from those that obstore reads under
-_KNOWN_TO_OBSTORE = ("env", "assume-role-with-web-identity", "container-role", "iam-role")  # as botocore names them
-_ASKED_AGAIN_AFTER = timedelta(minutes=5)
+_KNOWN_TO_OBSTORE = ("env", "container-role", "iam-role")  # as botocore names them
+_ASKED_AGAIN_AFTER = timedelta(minutes=10)  # obstore asks 5 minutes before
 
 
 @cache
@@ -73,8 +73,8 @@ def _obstore_options() -> dict[str, Any]:
 
 
 def _of_aws_profile() -> dict[str, Any]:
-    """Region and credentials of a profile in ~/.aws, also of single sign-on, which s3fs knows and obstore does not."""
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
+    """What a profile in ~/.aws says, also of single sign-on, which s3fs knows and obstore does not."""
+    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         return {}
     import botocore.session  # only where it is needed: it takes long
 
@@ -89,11 +89,16 @@ def _of_aws_profile() -> dict[str, Any]:
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _ASKED_AGAIN_AFTER,
+            "expires_at": datetime.now(UTC) + _ASKED_AGAIN_AFTER if frozen.token else None,
         }
 
-    region = session.get_config_variable("region")
-    return {"credential_provider": current, **({"region": region} if region else {})}
+    told = {
+        "region": session.get_config_variable("region"),
+        "endpoint": session.get_scoped_config().get("endpoint_url"),
+    }
+    in_env = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")}
+    wanted = {name: told[name] for name, names in in_env.items() if told[name] and not any(map(os.environ.get, names))}
+    return {"credential_provider": current, **wanted}
 
 
 def call_s3(operation: str, path: str, **request: Any) -> Any:

@@ -93,7 +93,7 @@ def _link(file: Path, to: Path) -> None:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
         raise StorageError(
-            f"cannot write 'file://{to}' unless it is there: expected a file system with hard links, got "
+            f"cannot write 'file://{to}' only where it is not there yet: expected a file system with hard links, got "
             f"{error.strerror}; use another, or the object store itself where this is one that is mounted"
         ) from error
 

@@ -120,7 +120,7 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _nesterov_has_a_momentum(self) -> Self:
-        if self.nesterov and not self.momentum:
+        if self.kind == "sgd" and self.nesterov and not self.momentum:
             raise ValueError("expected a momentum above 0 with nesterov, got 0")
         return self
 

@@ -150,7 +150,8 @@ def evaluate(
     if counts.num_errors > setup.max_error_rate * manifest.num_images:
         raise RunError(
             f"expected at most {setup.max_error_rate:.2%} of the {manifest.num_images} images of {manifest.uri!r} to "
-            f"be unusable (max_error_rate), {counts.num_errors} are (rank {rank}: {kinds})"
+            f"be unusable (max_error_rate, of a training's data), {counts.num_errors} are (rank {rank}: {kinds}); "
+            "raise it, or leave them out of the manifest"
         )
     return replace(outcome, counts=counts)
 

@@ -74,8 +74,13 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
 
 
 def refuse_impossible(run: TrainingRun, train_set: TrainingSet) -> None:
-    """Raise the ConfigError or BundleError that the run's workers would, before its name is taken."""
-    Trainee(run, replace(Worker(), device=torch.device("meta")), train_set)
+    """Raise the ConfigError or BundleError that making the run's trainee would, before its name is taken.
+
+    Without weights, but for those of a bundle that it starts from.
+    """
+    worker = replace(Worker(), device=torch.device("meta"))
+    with worker.device if run.start_uri is None else nullcontext():
+        Trainee(run, worker, train_set)
     Geometry(run.config.augment, run.preprocessing)
 
 

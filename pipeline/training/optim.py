@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from pipeline.errors import ConfigError
 from pipeline.models.catalog import Network
 from pipeline.training.config import OptimizerConfig, ScheduleConfig, StartConfig
 
@@ -20,11 +19,8 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig, *, batch_size: i
     """The optimizer of all parameters that are not frozen, at the highest learning rate of the schedule.
 
     Norms' parameters and all biases are a group without weight decay, unless `decay_norm_and_bias`; LAMB then takes
-    them out of its layer-wise scaling too, as its authors' code does. Raises ConfigError for Nesterov's momentum
-    without momentum.
+    them out of its layer-wise scaling too, as its authors' code does.
     """
-    if config.kind == "sgd" and config.nesterov and config.momentum == 0:
-        raise ConfigError("optimizer.nesterov: expected a momentum above 0 with it, got 0; set optimizer.momentum")
     decayed, plain = _split(network, config.decay_norm_and_bias)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},

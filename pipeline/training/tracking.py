@@ -85,8 +85,8 @@ def _start_mlflow(run: TrainingRun) -> Any:
         mlflow.log_params({"architecture": run.architecture.name, **_deciding(run)})
     except Exception as error:  # its own, and those of many stores
         raise RunError(
-            f"MLFLOW_TRACKING_URI: expected to begin a run at {mlflow.get_tracking_uri()!r}, got {error}; see to it or "
-            "unset it, then run again with --resume auto"
+            f"MLFLOW_TRACKING_URI: expected to begin a run there, got {type(error).__name__}; see to it or unset it, "
+            "then run again with --resume auto"
         ) from error
     return mlflow
 

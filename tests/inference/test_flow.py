@@ -214,7 +214,7 @@ def test_bad_input_that_a_worker_meets_is_told_as_such(local_ray, tmp_path):
         (
             "torch.OutOfMemoryError: CUDA out of memory.\n\nray.exceptions.RayTaskError(OutOfMemoryError): more",
             RunError,
-            "torch.OutOfMemoryError: CUDA out of memory.; set a smaller compute.batch_size",
+            "torch.OutOfMemoryError: CUDA out of memory. Set a smaller compute.batch_size and another run_id",
         ),
         ("its last words", RunError, "its last words"),
     ],

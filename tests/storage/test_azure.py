@@ -17,7 +17,7 @@ from pipeline.tables import open_table
 pytestmark = pytest.mark.skipif(
     "TEST_AZURE_CONTAINER" not in os.environ, reason="needs a container of Azure or its emulator: set the environment"
 )
-NAMES = ["%41.jpg", "50% off.jpg", "a/b.jpg", "a/c/d.jpg", "tag#1.jpg", "what?.jpg", "x y.jpg", "ünï—日本.jpg"]
+NAMES = ["%41.jpg", "50% off/?.jpg", "a/b.jpg", "a/c/d.jpg", "tag#1.jpg", "what?.jpg", "x y.jpg", "ünï—日本.jpg"]
 
 
 @pytest.fixture
@@ -36,7 +36,8 @@ def test_objects_are_written_listed_read_and_removed_under_one_etag(root: str) -
         assert (found.data, found.etag) == (name.encode(), info.etag)
         with storage.open_file(info.uri) as file:
             assert file.read() == name.encode()
-    assert storage.list_folders(root) == ["a"]
+    assert storage.list_folders(root) == ["50% off", "a"]
+    assert len(list(storage.list_objects(storage.join(root, "50% off")))) == 1
     with pytest.raises(ObjectExistsError):
         storage.write(storage.join(root, "a/b.jpg"), b"", if_absent=True)
     storage.delete_folder(storage.join(root, "a"))

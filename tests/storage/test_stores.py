@@ -66,7 +66,9 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(StorageError, match=r"a.json' unless it is there: expected a file system with hard links"):
+    with pytest.raises(
+        StorageError, match=r"a.json' only where it is not there yet: expected a file system with hard links"
+    ):
         storage.write(f"file://{tmp_path}/a.json", b"{}", if_absent=True)
     assert list(tmp_path.iterdir()) == []
 
