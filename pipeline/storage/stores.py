@@ -48,9 +48,8 @@ def filesystem(scheme: str) -> Any:
 
 def is_for_obstore(scheme: str, key: str) -> bool:
     """Whether obstore can be asked for `key`; it still refuses some names, with ValueError."""
-    return scheme in ("s3", *OBSTORE_ALONE) and key == key.strip(
-        "/"
-    )  # it drops slashes at the ends: another object's name
+    is_unchanged = key == key.strip("/")  # it drops slashes at the ends: another object's name
+    return scheme in ("s3", *OBSTORE_ALONE) and is_unchanged
 
 
 @cache
@@ -92,13 +91,10 @@ def _of_aws_profile() -> dict[str, Any]:
             "expires_at": datetime.now(UTC) + _ASKED_AGAIN_AFTER if frozen.token else None,
         }
 
-    told = {
-        "region": session.get_config_variable("region"),
-        "endpoint": session.get_scoped_config().get("endpoint_url"),
-    }
-    in_env = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")}
-    wanted = {name: told[name] for name, names in in_env.items() if told[name] and not any(map(os.environ.get, names))}
-    return {"credential_provider": current, **wanted}
+    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or session.get_scoped_config().get("endpoint_url")
+    told = {"region": region, "endpoint": endpoint}
+    return {"credential_provider": current, **{name: value for name, value in told.items() if value}}
 
 
 def call_s3(operation: str, path: str, **request: Any) -> Any:

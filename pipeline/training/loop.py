@@ -22,7 +22,6 @@ from pipeline.models.catalog import Network, build
 from pipeline.models.precision import autocast_type
 from pipeline.models.resnet import zero_init_last_norm
 from pipeline.training import augment, checkpoint, optim
-from pipeline.training.augment import Geometry
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.counts import Outcome
 from pipeline.training.ema import Ema
@@ -81,7 +80,7 @@ def refuse_impossible(run: TrainingRun, train_set: TrainingSet) -> None:
     worker = replace(Worker(), device=torch.device("meta"))
     with worker.device if run.start_uri is None else nullcontext():
         Trainee(run, worker, train_set)
-    Geometry(run.config.augment, run.preprocessing)
+    augment.Geometry(run.config.augment, run.preprocessing)
 
 
 def _go_on(run: TrainingRun, worker: Worker, trainee: "Trainee", log: Logbook) -> None:
