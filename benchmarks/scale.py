@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.manifest_scale import make_bundle, measure
-from jobs import connected_ray
 from pipeline import storage
+from pipeline.cluster import connected_ray
 from pipeline.data.manifest import write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
 from pipeline.inference import flow, workers

@@ -15,9 +15,9 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from jobs import connected_ray, run_job
+from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Node
+from pipeline.cluster import Node, connected_ray
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jobs import connected_ray, run_job
+from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Device, Node, choose_device, default_batch_size
+from pipeline.cluster import Device, Node, choose_device, connected_ray, default_batch_size
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from jobs import connected_ray, run_job
+from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Node, choose_device
+from pipeline.cluster import Node, choose_device, connected_ray
 from pipeline.data.training_set import TrainingSet
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig

@@ -21,8 +21,9 @@ from typing import Any
 
 from pydantic import Field
 
-from jobs import connected_ray, run_job
+from jobs import run_job
 from pipeline import storage
+from pipeline.cluster import connected_ray
 from pipeline.config import JobConfig, refuse_change
 from pipeline.data.manifest import Manifest, Shard, write_manifest
 from pipeline.data.pack import Reencode, converting, encode, pack_images
@@ -165,27 +166,30 @@ def _pack_and_commit(
             raise ConfigError("expected a cluster with at least one CPU, got none; add nodes")
         from pipeline.inference.flow import commit_receipts, receipts_of, shard_dataset, start_attempts
 
+        attempts = start_attempts()
         dataset = shard_dataset(pending).map_batches(
             pack_shard,
-            fn_kwargs={"work": work, "attempts": start_attempts()},
+            fn_kwargs={"work": work, "records": records, "attempts": attempts},
             batch_size=1,
             batch_format="numpy",
             num_cpus=1,
         )
         return commit_receipts(
             records,
-            receipts_of(dataset),
+            receipts_of(dataset, attempts, "tasks of 1 CPU each"),
             num_images=ordered.num_images,
             num_done=ordered.num_images - sum(shard.num_images for shard in pending),
             progress_interval_s=progress_interval_s,
         )
 
 
-def pack_shard(rows: Row, work: Work, attempts: Any) -> Row:
+def pack_shard(rows: Row, work: Work, records: str, attempts: Any) -> Row:
     """A CPU task that packs a shard; one that follows a death decodes each image in a child process."""
-    from pipeline.inference.workers import attempting, open_unchanged, receipt_row, shard_of
+    from pipeline.inference.workers import attempting, committed_row, open_unchanged, receipt_row, shard_of
 
     shard = shard_of(rows)
+    if row := committed_row(attempts, "pack", shard, records):
+        return row
     manifest = open_unchanged(work.manifest_uri, work.manifest_digest)
     with attempting(attempts, "pack", shard) as attempt:
         return receipt_row(pack_and_write(work, manifest, shard, attempt))

@@ -6,7 +6,8 @@ python -m jobs.predict --manifest URI --output URI --registry URI --bundles NAME
 
 from typing import Any
 
-from jobs import connected_ray, run_job
+from jobs import run_job
+from pipeline.cluster import connected_ray
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.plan import resolve_inputs
 

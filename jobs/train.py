@@ -8,9 +8,9 @@ import json
 import time
 from typing import Any
 
-from jobs import connected_ray, run_job
+from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import choose_device
+from pipeline.cluster import choose_device, connected_ray
 from pipeline.data.training_set import TrainingSet
 from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig

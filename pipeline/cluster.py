@@ -1,12 +1,30 @@
-"""What a Ray cluster offers, as far as the pipeline asks."""
+"""The Ray cluster: joining one or starting one, what it offers, and saying so where it has nothing free.
 
-from collections.abc import Sequence
+Ray is imported where it is used: who only asks for types need not wait for it.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 
 Device = Literal["cpu", "cuda"]
+
+NUM_STARTS = 3
+ANSWER_WITHIN_S = 10
+BEGIN_WITHIN_S = 50.0
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +48,152 @@ def choose_device(nodes: Sequence[Node], asked: Literal["auto", "cpu", "cuda"]) 
 def default_batch_size(device: Device) -> int:
     """Images per forward pass: on a CPU few enough that a ResNet's maps stay near it, on a GPU enough to fill it."""
     return 256 if device == "cuda" else 16
+
+
+# --- joining and starting ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected_ray() -> Iterator[list[Node]]:
+    """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or a local one; yields its nodes.
+
+    Raises ConfigError for an address that is none, RunError where no cluster answers or a local one does not start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "local")  # left out, Ray would join a neighbour's local cluster
+    try:
+        with _signal_handlers_kept():
+            _start_ray() if address == "local" else _join_ray(address)
+    except SystemExit:  # what Ray makes of a SIGTERM while it starts
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    try:
+        yield [
+            Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+    finally:
+        with _signal_handlers_kept():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray puts in its own, which end the process midway. What is ignored since, by who is stopping, stays so."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
+def _join_ray(address: str) -> None:
+    import ray
+
+    try:
+        _refuse_silence(address)
+        ray.init(address, **_QUIET)
+    except ValueError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS: expected host:port of a cluster's head, got {address!r}: {error}; unset it for a local Ray"
+        ) from error
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # nobody there, of another version, or closed
+        raise RunError(
+            f"RAY_ADDRESS: expected a Ray cluster to join at {address!r}, got {type(error).__name__}: {error}; start "
+            "it (`ray start --head`), name another, or unset RAY_ADDRESS for a local Ray"
+        ) from error
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise OSError where nothing listens at a host:port: Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
+
+
+def _start_ray() -> None:
+    """Start a local Ray, anew where it came too late: on a busy machine its node can miss Ray's fixed 30 s."""
+    import ray
+
+    for starts_left in reversed(range(NUM_STARTS)):
+        children = _children()
+        try:
+            with _in_another_process_group():
+                ray.init("local", include_dashboard=False, **_QUIET)
+            return
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            for pid in _children() - children:  # half a cluster, which none but us knows of
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not starts_left:
+                raise RunError(
+                    f"expected a local Ray to start, it failed {NUM_STARTS} times, the last time with: {error} Is the "
+                    "machine overloaded, its memory or the disk of /tmp/ray full? Run the same command again to go on"
+                ) from error
+            print(f"Ray did not start, trying again: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _in_another_process_group() -> Iterator[None]:
+    """Who is started meanwhile does not get the signals that `timeout` sends to all of the job's process group: without
+    its Ray a job could not end in order."""
+    group = os.getpgrp()
+    with contextlib.suppress(PermissionError):  # leads a session
+        os.setpgid(0, 0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # nobody else was in that group, or is left in it
+            os.setpgid(0, group)
+
+
+def _children() -> set[int]:
+    pids: set[int] = set()
+    for listing in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # of a thread that has ended since
+            pids.update(map(int, listing.read_text().split()))
+    return pids
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def waiting_told(witness: Any, asked: str) -> Iterator[None]:
+    """While the block lasts, say so once where nothing of what was `asked` of the cluster has begun in time.
+
+    Ray waits in silence for what is not free. `witness` is a handle on an actor that knows `has_begun`.
+    """
+    import ray
+
+    ended = threading.Event()
+
+    def watch() -> None:
+        if not ended.wait(BEGIN_WITHIN_S) and not ray.get(witness.has_begun.remote()):
+            logger.warning(_still_waiting(asked))
+
+    thread = threading.Thread(target=watch, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(1.0)  # a cluster that is lost may never answer it
+
+
+def _still_waiting(asked: str) -> str:
+    import ray
+
+    free = ray.available_resources()
+    return (
+        f"nothing has begun within {BEGIN_WITHIN_S:.0f} s: {asked} were asked for, the cluster has "
+        f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free now. Waiting goes on; where other jobs "
+        "hold them, stop these or ask for less"
+    )

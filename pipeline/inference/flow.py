@@ -26,7 +26,7 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import errors, storage
-from pipeline.cluster import Node
+from pipeline.cluster import Node, waiting_told
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
@@ -43,6 +43,7 @@ from pipeline.inference.workers import (
     PredictDecoded,
     PredictFused,
     PredictPrepared,
+    compile_networks,
     decode_shard,
     prepare_shard,
 )
@@ -52,7 +53,7 @@ from pipeline.telemetry import RunProgress
 _COMMITS_IN_FLIGHT = 16
 _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
 _TASKS_PER_PROCESSOR = 32  # a run's end waits for the last task
-_IMAGES_PER_TASK = 25_000  # a task's receipts come at its end: what is not committed is done again after a kill
+_IMAGES_PER_TASK = 25_000  # for the same reason, where shards are small
 _TASKS_IN_FLIGHT = SHARDS_AT_ONCE + 1  # of an actor: the next is there when one ends; more would make a longer tail
 Summary = dict[str, Any]
 
@@ -145,12 +146,13 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
     shards = list(plan.pending_shards())
     if not shards:
         return
+    attempts = start_attempts()
     if networks.should_compile_first(plan.run):
-        compile_first(plan, layout)
+        compile_first(plan, layout, attempts)
     num_actors = min(layout.num_actors, len(shards))
     fair_share = math.ceil(len(shards) / num_actors)  # else the first actor that is ready takes the others'
     dataset = shard_dataset(shards)
-    worker = {"run": plan.run, "attempts": start_attempts()}
+    worker = {"run": plan.run, "attempts": attempts}
     task, actor = _stages(layout.form, plan.run.decode)
     if task is not None:
         dataset = dataset.map_batches(
@@ -177,7 +179,13 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
             enable_true_multi_threading=True,
         ),
     )
-    yield from receipts_of(dataset)
+    yield from receipts_of(dataset, attempts, f"{num_actors} actors of {_each(layout)} each")
+
+
+def _each(layout: Layout) -> str:
+    """What an actor asks for, in words."""
+    gpus = f" and {layout.gpus_per_actor:g} GPUs" if layout.gpus_per_actor else ""
+    return f"{layout.cpus_per_actor} CPUs{gpus}"
 
 
 def _stages(form: Form, decode: Literal["cpu", "gpu"]) -> tuple[Callable[..., Any] | None, type]:
@@ -187,12 +195,13 @@ def _stages(form: Form, decode: Literal["cpu", "gpu"]) -> tuple[Callable[..., An
     return (prepare_shard, PredictPrepared) if decode == "gpu" else (decode_shard, PredictDecoded)
 
 
-def compile_first(plan: Plan, layout: Layout) -> None:
+def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
     """Compile the run's networks in a task of an actor's size. Raises RunError where they must be and cannot be."""
     print("compiling the networks, once for this kind of device", file=sys.stderr, flush=True)
     options: dict[str, Any] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
     try:
-        ray.get(ray.remote(networks.decide).options(**options).remote(plan.run, plan.manifest))
+        with waiting_told(attempts, f"a task of {_each(layout)}"):
+            ray.get(ray.remote(compile_networks).options(**options).remote(plan.run, plan.manifest, attempts))
     except ray.exceptions.RayError as error:
         raise _failure(error) from error
 
@@ -210,15 +219,17 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=min(len(rows), most_tasks))
 
 
-def receipts_of(dataset: ray.data.Dataset) -> Iterator[Receipt]:
+def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: str) -> Iterator[Receipt]:
     """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
 
+    `asked` says in words what is asked of the cluster, for which one may have to wait.
     Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.
     """
     try:
-        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-            for text in batch["receipt"].to_pylist():
-                yield Receipt.from_json(text)
+        with waiting_told(attempts, asked):
+            for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+                for text in batch["receipt"].to_pylist():
+                    yield Receipt.from_json(text)
     except Exception as error:  # Ray's and Ray Data's own have no common base
         raise _failure(error) from error
 
@@ -246,6 +257,7 @@ def start_attempts() -> Any:
 
 def _configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
+    context.target_max_block_size = 1  # a block is one shard: a task of several hands on each as it is done
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a large shard on a slow actor may take longer than any limit

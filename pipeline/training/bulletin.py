@@ -24,10 +24,14 @@ class Bulletin:
         """A worker has begun."""
         self._has_begun = True
 
-    def take(self) -> tuple[list[Status], bool, PipelineError | None]:
-        """What was told since the last time; whether a worker has begun; what one has failed of for good."""
+    def has_begun(self) -> bool:
+        """Whether a worker has."""
+        return self._has_begun
+
+    def take(self) -> tuple[list[Status], PipelineError | None]:
+        """What was told since the last time, and what a worker has failed of for good."""
         told, self._told = self._told, []
-        return told, self._has_begun, self._ended[0]
+        return told, self._ended[0]
 
     def stop(self) -> None:
         """Ask for a stop at the next look."""

@@ -7,7 +7,6 @@ Checkpoints are the run's own objects, not Ray's: a name never resumes by accide
 group that is started again goes on from the last one.
 """
 
-import logging
 import math
 import os
 import pickle
@@ -26,7 +25,7 @@ import ray.train.torch
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import Node
+from pipeline.cluster import Node, waiting_told
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import AccessDeniedError, ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
@@ -34,12 +33,15 @@ from pipeline.training.loop import train
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
 
-logger = logging.getLogger(__name__)
-
 _POLL_S = 0.5
-_BEGIN_WITHIN_S = 50.0
 _END_WITHIN_S = 30.0
 _STOP_WITHIN_S = 60.0
+
+_AFTER_DEATHS = (
+    "A worker's process died, and starting again did not help: look for out-of-memory kills (a smaller batch_size, "
+    "fewer workers), lost nodes, or an image whose decoder crashes (`python -m jobs.pack --check true` names it); then "
+    "run again"
+)
 
 T = TypeVar("T")
 
@@ -52,6 +54,11 @@ class Workers:
     most: int
     cpus_per_worker: int
     use_gpu: bool
+
+    @property
+    def each(self) -> str:
+        """What each asks for, in words."""
+        return f"{self.cpus_per_worker} CPUs" + (" and a GPU" if self.use_gpu else "")
 
 
 def choose_workers(
@@ -77,7 +84,7 @@ def choose_workers(
     fitting = sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
     if fitting < fewest:
         there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
-        each = f"{cpus} CPUs" + (" and a GPU" if use_gpu else "")
+        each = Workers(fewest, most, cpus, use_gpu).each
         raise ConfigError(
             f"compute.num_workers: {fewest} workers of {each} each do not fit this cluster, {fitting} do (nodes: "
             f"{there}); lower it or compute.cpus_per_worker, or add nodes"
@@ -115,7 +122,8 @@ def run_workers(
         fitting = partial(_fit, being_workers, workers, name, max_failures, folder)
         fit = _in_a_thread(fitting)  # not on the main thread, where Ray Train would put in a signal handler of its own
         try:
-            _follow(fit, bulletin, workers, observe)
+            with waiting_told(bulletin, f"{workers.fewest} workers of {workers.each} each"):
+                _follow(fit, bulletin, observe)
         except BaseException:
             bulletin.stop.remote()
             futures.wait([fit], stop_within_s)
@@ -128,35 +136,18 @@ def run_workers(
     return cast(T, pickle.loads(result))
 
 
-def _follow(fit: futures.Future[None], bulletin: Any, workers: Workers, observe: Callable[[Status], None]) -> None:
-    """Until the workers are done: tell what they tell, and where they do not begin or do not end, say so."""
-    start, failed_at = time.monotonic(), math.inf
-    is_waiting = True
+def _follow(fit: futures.Future[None], bulletin: Any, observe: Callable[[Status], None]) -> None:
+    """Until the workers are done, tell what they tell. Raises what one has failed of where the others do not end."""
+    failed_at = math.inf
     while not fit.done():
         futures.wait([fit], _POLL_S)
-        told, has_begun, failure = ray.get(bulletin.take.remote())
+        told, failure = ray.get(bulletin.take.remote())
         for status in told:
             observe(status)
-        now = time.monotonic()
-        if has_begun or not is_waiting:
-            is_waiting = False
-        elif now - start > _BEGIN_WITHIN_S:
-            is_waiting = False
-            logger.warning(_still_waiting(workers))
         if failure is not None:
-            failed_at = min(failed_at, now)
-            if now - failed_at > _END_WITHIN_S:  # the other ranks wait for one that has given up
+            failed_at = min(failed_at, time.monotonic())
+            if time.monotonic() - failed_at > _END_WITHIN_S:  # the other ranks wait for one that has given up
                 raise failure
-
-
-def _still_waiting(workers: Workers) -> str:
-    free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
-    each = f"{workers.cpus_per_worker} CPUs" + (" and a GPU" if workers.use_gpu else "")
-    return (
-        f"no worker has begun within {_BEGIN_WITHIN_S:.0f} s: {workers.fewest} of {each} each were asked for, the "
-        f"cluster has {free['CPU']:g} CPUs and {free['GPU']:g} GPUs free now. Waiting goes on; stop other jobs or ask "
-        "for less"
-    )
 
 
 def _train(run_json: str, worker: Worker) -> None:
@@ -266,12 +257,15 @@ def _fair_share(nodes: Sequence[Node], num_workers: int, use_gpu: bool) -> int:
 
 
 def _cause(error: BaseException) -> str:
-    """What the first worker to fail raised; Ray Train keeps the exceptions by rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    ours_first = sorted(failures.values(), key=lambda failure: not isinstance(_base(failure), PipelineError))
-    for failure in ours_first:
-        return str(_base(failure))
-    return str(error)
+    """What a worker raised, or how it died; Ray Train keeps the exceptions by rank, those of ranks left alone too."""
+    failures = [_base(failure) for failure in (getattr(error, "worker_failures", None) or {}).values()]
+    for failure in failures:
+        if isinstance(failure, PipelineError):
+            return str(failure)
+    for failure in failures:
+        if isinstance(getattr(failure, "health_check_failure", failure), ray.exceptions.RayActorError):
+            return f"{failure}\n{_AFTER_DEATHS}"
+    return str(failures[0] if failures else error)
 
 
 def _base(failure: BaseException) -> BaseException:

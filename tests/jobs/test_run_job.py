@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import ray
 from pydantic import Field
 
-from jobs import connected_ray, run_job
+from jobs import run_job
 from pipeline.config import JobConfig
 from pipeline.errors import ManifestError, PipelineError, ReconcileError, RunError
 
@@ -22,11 +21,6 @@ class Example(JobConfig):
 
     count: int = Field(1, ge=0)
     """How many."""
-
-
-def use_ray(config: Example) -> dict[str, Any]:
-    with connected_ray() as nodes:
-        return {"num_nodes": len(nodes)}
 
 
 @pytest.fixture(autouse=True)
@@ -113,42 +107,10 @@ def test_help_names_the_command_that_was_typed():
     assert told.stdout.startswith("usage: python -m jobs.predict [--config FILE]")
 
 
-def test_a_local_ray_that_comes_too_late_is_cleared_away_and_started_again(
-    finish: Callable[..., Any], local_ray: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late: list[subprocess.Popen[bytes]] = []
-
-    def init(address: str, **options: Any) -> None:
-        if len(late) < 2:
-            late.append(subprocess.Popen(["sleep", "600"]))
-            raise Exception("The current node timed out during startup.")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)  # the session's Ray stands in for the third start's
-    code, summary, errors = finish(use_ray)
-    assert (code, summary) == (0, {"num_nodes": 1})
-    assert errors.count("Ray did not start, trying again: The current node timed out") == 2
-    assert [process.wait(10) for process in late] == [-signal.SIGKILL] * 2
-
-
-def test_a_local_ray_that_never_starts_is_told_in_a_line(
-    finish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def init(address: str, **options: Any) -> None:
-        raise Exception("The current node timed out during startup.")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "init", init)
-    code, summary, errors = finish(use_ray)
-    assert (code, summary["error"]) == (1, "RunError")
-    assert "it failed 3 times, the last time with: The current node timed out" in summary["message"]
-    assert "Traceback" not in errors
-
-
 USE_RAY = """
 import sys, time
-from jobs import connected_ray, run_job
+from jobs import run_job
+from pipeline.cluster import connected_ray
 from pipeline.config import JobConfig
 
 class Example(JobConfig):
@@ -179,21 +141,3 @@ def test_a_signal_to_the_whole_process_group_leaves_a_job_the_ray_it_started() -
     out, errors = job.communicate(timeout=100)
     assert errors.startswith("one 1\n"), errors
     assert json.loads(out.splitlines()[-1])["status"] == "stopped"
-
-
-@pytest.mark.parametrize(
-    ("address", "code", "told"),
-    [
-        ("127.0.0.1:1", 1, "expected a Ray cluster to join at '127.0.0.1:1', got ConnectionRefusedError"),
-        ("no.such.host.invalid:6379", 1, "expected a Ray cluster to join at 'no.such.host.invalid:6379', got gaierror"),
-        ("nonsense", 2, "expected host:port of a cluster's head, got 'nonsense'"),
-    ],
-)
-def test_an_address_where_no_cluster_is_fails_at_once(
-    finish: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, address: str, code: int, told: str
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    actual_code, summary, errors = finish(use_ray)
-    assert actual_code == code
-    assert told in summary["message"]
-    assert "Traceback" not in errors

@@ -1,10 +1,13 @@
-"""How many workers there are, and of what size, on clusters of all shapes."""
+"""How many workers there are, and of what size, on clusters of all shapes; and what is told of their end."""
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipeline.cluster import Node
-from pipeline.errors import ConfigError
-from pipeline.training.trainer import Workers, choose_workers
+from pipeline.errors import ConfigError, StorageError
+from pipeline.training.trainer import Workers, _cause, choose_workers
 
 AS_IT_COMES = {"num_workers": None, "cpus_per_worker": None}
 
@@ -43,3 +46,22 @@ def test_no_workers_more_fewest_than_most_and_more_than_lanes_are_refused(num_wo
 
 def test_without_lanes_there_may_be_as_many_workers_as_fit():
     assert choose_workers([Node(64)], num_workers=[40], cpus_per_worker=1, use_gpu=False).most == 40
+
+
+DEATH = WorkerHealthCheckFailedError("worker 1 is gone", ActorDiedError())
+ALONE = RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        ([ALONE, DEATH, StorageError("503 at s3://set")], "503 at s3://set"),
+        (
+            [ALONE, DEATH],
+            f"worker 1 is gone\n{ActorDiedError()}\nA worker's process died, and starting again did not help",
+        ),
+        ([ALONE], "Connection closed by peer"),
+    ],
+)
+def test_the_rank_that_failed_is_told_and_not_those_it_left_alone(failures: list[Exception], told: str):
+    assert _cause(WorkerGroupError("2 ranks failed", dict(enumerate(failures)))).startswith(told)
