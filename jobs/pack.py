@@ -169,7 +169,7 @@ def _pack_and_commit(
         attempts = start_attempts()
         dataset = shard_dataset(pending).map_batches(
             pack_shard,
-            fn_kwargs={"work": work, "records": records, "attempts": attempts},
+            fn_kwargs={"work": work, "attempts": attempts},
             batch_size=1,
             batch_format="numpy",
             num_cpus=1,
@@ -183,13 +183,11 @@ def _pack_and_commit(
         )
 
 
-def pack_shard(rows: Row, work: Work, records: str, attempts: Any) -> Row:
+def pack_shard(rows: Row, work: Work, attempts: Any) -> Row:
     """A CPU task that packs a shard; one that follows a death decodes each image in a child process."""
-    from pipeline.inference.workers import attempting, committed_row, open_unchanged, receipt_row, shard_of
+    from pipeline.inference.workers import attempting, open_unchanged, receipt_row, shard_of
 
     shard = shard_of(rows)
-    if row := committed_row(attempts, "pack", shard, records):
-        return row
     manifest = open_unchanged(work.manifest_uri, work.manifest_digest)
     with attempting(attempts, "pack", shard) as attempt:
         return receipt_row(pack_and_write(work, manifest, shard, attempt))

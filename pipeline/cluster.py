@@ -65,7 +65,7 @@ def connected_ray() -> Iterator[list[Node]]:
     address = os.environ.get("RAY_ADDRESS", "local")  # left out, Ray would join a neighbour's local cluster
     try:
         with _signal_handlers_kept():
-            _start_ray() if address == "local" else _join_ray(address)
+            start_ray() if address == "local" else _join_ray(address)
     except SystemExit:  # what Ray makes of a SIGTERM while it starts
         signal.raise_signal(signal.SIGTERM)
         raise
@@ -116,15 +116,18 @@ def _refuse_silence(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
 
 
-def _start_ray() -> None:
-    """Start a local Ray, anew where it came too late: on a busy machine its node can miss Ray's fixed 30 s."""
+def start_ray(**options: Any) -> None:
+    """Start a local Ray, anew where it came too late: on a busy machine its node can miss Ray's fixed 30 s.
+
+    `options` are ray.init's. Raises RunError after `NUM_STARTS`.
+    """
     import ray
 
     for starts_left in reversed(range(NUM_STARTS)):
         children = _children()
         try:
             with _in_another_process_group():
-                ray.init("local", include_dashboard=False, **_QUIET)
+                ray.init("local", include_dashboard=False, **_QUIET, **options)
             return
         except Exception as error:
             with contextlib.suppress(Exception):

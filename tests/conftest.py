@@ -48,8 +48,9 @@ def local_ray() -> Iterator[None]:
     """A two-CPU local Ray, started once for the whole session."""
     import ray
 
-    # "local": without it Ray joins whatever cluster it finds on this machine
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    from pipeline.cluster import start_ray
+
+    start_ray(num_cpus=2)
     yield
     ray.shutdown()
 

@@ -34,10 +34,6 @@ class ShardAttempts:
         """Whether a worker has begun anything."""
         return bool(self._begun)
 
-    def was_done(self, stage: str, shard_id: int) -> bool:
-        """Whether the stage of the shard was done in this flow: its task is begun again for another reason."""
-        return self._done[stage, shard_id] > 0
-
     def end(self, stage: str, shard_id: int) -> None:
         """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""
         self._done[stage, shard_id] += 1

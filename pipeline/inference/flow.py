@@ -53,7 +53,7 @@ from pipeline.telemetry import RunProgress
 _COMMITS_IN_FLIGHT = 16
 _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
 _TASKS_PER_PROCESSOR = 32  # a run's end waits for the last task
-_IMAGES_PER_TASK = 25_000  # for the same reason, where shards are small
+_IMAGES_PER_TASK = 10_000  # a task's receipts come at its end: what is not committed is done again after a kill
 _TASKS_IN_FLIGHT = SHARDS_AT_ONCE + 1  # of an actor: the next is there when one ends; more would make a longer tail
 Summary = dict[str, Any]
 
@@ -257,7 +257,6 @@ def start_attempts() -> Any:
 
 def _configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
-    context.target_max_block_size = 1  # a block is one shard: a task of several hands on each as it is done
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a large shard on a slow actor may take longer than any limit

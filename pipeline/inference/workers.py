@@ -13,10 +13,10 @@ import numpy as np
 import ray
 
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.errors import ObjectNotFoundError, RunError
+from pipeline.errors import RunError
 from pipeline.inference import networks
 from pipeline.inference.attempts import MAX_DEATHS
-from pipeline.inference.commit import Receipt, read_receipt
+from pipeline.inference.commit import Receipt
 from pipeline.inference.plan import Model, Run
 from pipeline.inference.turns import Room
 
@@ -77,8 +77,6 @@ class PredictFused(_Predicting):
         from pipeline.data.loader import LoadLog
 
         shard, log = shard_of(rows), LoadLog()
-        if row := committed_row(self._attempts, "all", shard, self._run.uri):
-            return row
         with attempting(self._attempts, "all", shard) as attempt, self._predictor.own_stream():
             return self._predict(shard, self._load(shard, attempt, log, self._run.num_threads), log, attempt)
 
@@ -176,24 +174,7 @@ def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
 
 def receipt_row(receipt: Receipt) -> Row:
     """What a worker returns for a shard that it has written."""
-    return _row_of(replace(receipt, node=_node_id()))
-
-
-def _row_of(receipt: Receipt) -> Row:
-    return {"receipt": np.array([receipt.to_json()], dtype=object)}
-
-
-def committed_row(attempts: Any, stage: str, shard: Shard, run_uri: str) -> Row | None:
-    """What a worker returns for a shard that this flow has committed; None for any other.
-
-    When its process dies a task of several shards is begun again from the first. Raises ReconcileError, StorageError.
-    """
-    if not ray.get(attempts.was_done.remote(stage, shard.shard_id)):
-        return None
-    try:
-        return _row_of(read_receipt(run_uri, shard.shard_id))
-    except ObjectNotFoundError:  # its commit was on its way
-        return None
+    return {"receipt": np.array([replace(receipt, node=_node_id()).to_json()], dtype=object)}
 
 
 @cache

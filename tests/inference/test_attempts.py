@@ -18,16 +18,6 @@ def test_a_shard_that_was_done_is_not_to_blame_for_what_ends_its_task_but_not_fo
     assert attempts.begin("all", 7) > MAX_DEATHS
 
 
-def test_only_what_was_done_in_this_flow_is_known_as_done():
-    attempts = ShardAttempts()
-    attempts.begin("all", 7)
-    assert not attempts.was_done("all", 7)
-    attempts.end("all", 7)
-    assert attempts.was_done("all", 7)
-    assert not attempts.was_done("all", 8)
-    assert not attempts.was_done("pack", 7)
-
-
 def test_a_shard_whose_process_died_counts_as_begun_only_when_it_is_alone():
     attempts = ShardAttempts()
     assert attempts.begin("all", 7) == 1

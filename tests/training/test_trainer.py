@@ -58,7 +58,7 @@ ALONE = RuntimeError("Connection closed by peer")
         ([ALONE, DEATH, StorageError("503 at s3://set")], "503 at s3://set"),
         (
             [ALONE, DEATH],
-            f"worker 1 is gone\n{ActorDiedError()}\nA worker's process died, and starting again did not help",
+            f"worker 1 is gone\n{ActorDiedError()}\nA worker's process died, and starting again did",
         ),
         ([ALONE], "Connection closed by peer"),
     ],
