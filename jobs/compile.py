@@ -14,7 +14,17 @@ from pydantic import Field
 
 from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Device, Node, choose_device, connected_ray, default_batch_size
+from pipeline.cluster import (
+    Device,
+    Node,
+    Witness,
+    choose_device,
+    connected_ray,
+    default_batch_size,
+    in_words,
+    start_here,
+    waiting_told,
+)
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
@@ -65,16 +75,20 @@ def main(config: CompileConfig) -> dict[str, Any]:
         _refuse_unfit([node for node in nodes if node.gpus or device == "cpu"], config.cpus_per_actor)
         threads = {"env_vars": {"OMP_NUM_THREADS": str(config.cpus_per_actor)}}
         options = {"num_cpus": config.cpus_per_actor, "num_gpus": int(device == "cuda"), "runtime_env": threads}
+        witness = start_here(Witness)
+        asked = {"compile": f"a task of {in_words(config.cpus_per_actor, int(device == 'cuda'))}"}
         try:
-            return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device)))
+            with waiting_told(witness, asked):
+                return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device, witness)))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
             raise RunError(f"expected the task that compiles to end, got {type(error).__name__}: {error}") from error
 
 
-def compile_here(config: CompileConfig, uri: str, device_type: Device) -> dict[str, Any]:
+def compile_here(config: CompileConfig, uri: str, device_type: Device, witness: Any) -> dict[str, Any]:
     """Compile the bundle at `uri` for this process's machine. Raises BundleError where it agrees too little."""
+    witness.arrive.remote("compile")
     import torch
 
     from pipeline.data.loader import sample_pixels

@@ -176,7 +176,7 @@ def _pack_and_commit(
         )
         return commit_receipts(
             records,
-            receipts_of(dataset, attempts, "tasks of 1 CPU each"),
+            receipts_of(dataset, attempts, {"pack": "tasks of 1 CPU each"}),
             num_images=ordered.num_images,
             num_done=ordered.num_images - sum(shard.num_images for shard in pending),
             progress_interval_s=progress_interval_s,

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +76,7 @@ def connected_ray() -> Iterator[list[Node]]:
             if node["Alive"]
         ]
     finally:
-        with _signal_handlers_kept():
-            ray.shutdown()
+        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -88,7 +87,7 @@ def _signal_handlers_kept() -> Iterator[None]:
         yield
     finally:
         for number, handler in kept.items():
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if handler is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
 
 
@@ -168,19 +167,46 @@ def _children() -> set[int]:
 # --- waiting ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def waiting_told(witness: Any, asked: str) -> Iterator[None]:
-    """While the block lasts, say so once where nothing of what was `asked` of the cluster has begun in time.
+class Witness:
+    """Knows what kinds of workers have begun; an actor, or what an actor is besides."""
 
-    Ray waits in silence for what is not free. `witness` is a handle on an actor that knows `has_begun`.
-    """
+    def __init__(self) -> None:
+        self._arrived: set[str] = set()
+
+    def arrive(self, kind: str) -> None:
+        """A worker of this kind has begun."""
+        self._arrived.add(kind)
+
+    def arrived(self) -> set[str]:
+        """The kinds of which a worker has begun."""
+        return self._arrived
+
+
+def start_here(actor: type, **options: Any) -> Any:
+    """A handle on a new actor on the driver's node, which takes no CPU; `options` are Ray's."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options).remote()
+
+
+@contextlib.contextmanager
+def waiting_told(witness: Any, asked: Mapping[str, str]) -> Iterator[None]:
+    """While the block lasts, say so once where the cluster has not begun in time what was `asked` of it.
+
+    Ray waits in silence for what is not free. `witness` is a handle on a `Witness`; `asked` says in words, by the kinds
+    that arrive there, what resources they ask for.
+    """
     ended = threading.Event()
 
     def watch() -> None:
-        if not ended.wait(BEGIN_WITHIN_S) and not ray.get(witness.has_begun.remote()):
-            logger.warning(_still_waiting(asked))
+        if ended.wait(BEGIN_WITHIN_S):
+            return
+        with contextlib.suppress(Exception):  # the cluster is lost, or being left: others tell that
+            message = _still_waiting(witness, asked)
+            if message and not ended.is_set():
+                logger.warning(message)
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)
     thread.start()
@@ -191,12 +217,25 @@ def waiting_told(witness: Any, asked: str) -> Iterator[None]:
         thread.join(1.0)  # a cluster that is lost may never answer it
 
 
-def _still_waiting(asked: str) -> str:
+def _still_waiting(witness: Any, asked: Mapping[str, str]) -> str | None:
     import ray
 
+    if not ray.is_initialized():  # asking now would start another
+        return None
+    missing = asked.keys() - ray.get(witness.arrived.remote())
+    if not missing:
+        return None
     free = ray.available_resources()
     return (
-        f"nothing has begun within {BEGIN_WITHIN_S:.0f} s: {asked} were asked for, the cluster has "
-        f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free now. Waiting goes on; where other jobs "
-        "hold them, stop these or ask for less"
+        f"not begun within {BEGIN_WITHIN_S:.0f} s: {', '.join(asked[kind] for kind in sorted(missing))}; free in the "
+        f"cluster now: {in_words(free.get('CPU', 0), free.get('GPU', 0))}. Waiting goes on; where other jobs hold what "
+        "is missing, stop these or ask for less"
     )
+
+
+def in_words(cpus: float, gpus: float) -> str:
+    """Resources as messages name them."""
+    parts = [
+        f"{round(number, 3):g} {name}{'s' * (number != 1)}" for number, name in ((cpus, "CPU"), (gpus, "GPU")) if number
+    ]
+    return " and ".join(parts) or "nothing"

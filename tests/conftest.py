@@ -1,6 +1,8 @@
 """Shared by all tests: one local Ray for those that want one, a bucket of a real object store for those marked `s3`."""
 
 import os
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -63,6 +65,30 @@ def jobs_share_ray(local_ray: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
+
+
+@pytest.fixture
+def full_cluster(local_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """All CPUs of the tests' Ray are taken, until the log says that something waits for them."""
+    import ray
+
+    class Holder:
+        pass
+
+    monkeypatch.setattr("pipeline.cluster.BEGIN_WITHIN_S", 2.0)
+    holder = ray.remote(Holder).options(num_cpus=2).remote()
+    ray.get(holder.__ray_ready__.remote())
+
+    def release() -> None:
+        deadline = time.monotonic() + 60
+        while "not begun within 2 s" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ray.kill(holder)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    yield
+    thread.join()
 
 
 @pytest.fixture

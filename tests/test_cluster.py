@@ -1,7 +1,5 @@
 """Joining a Ray cluster or starting one, and being told where it has nothing free."""
 
-import logging
-import os
 import signal
 import subprocess
 import time
@@ -11,11 +9,11 @@ import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.cluster import Node, connected_ray, waiting_told
+from pipeline.cluster import Witness, connected_ray, in_words, start_here, waiting_told
 from pipeline.errors import ConfigError, RunError
-from pipeline.inference.flow import start_attempts
 
 
+@pytest.mark.ray
 def test_a_local_ray_that_comes_too_late_is_cleared_away_and_started_again(
     local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -30,7 +28,7 @@ def test_a_local_ray_that_comes_too_late_is_cleared_away_and_started_again(
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # the session's Ray stands in for the third start's
     with connected_ray() as nodes:
-        assert nodes == [Node(cpus=2)]
+        assert [node.cpus for node in nodes] == [2]
     assert capsys.readouterr().err.count("Ray did not start, trying again: The current node timed out") == 2
     assert [process.wait(10) for process in late] == [-signal.SIGKILL] * 2
 
@@ -56,8 +54,8 @@ def test_a_stop_while_ray_starts_is_left_to_the_handlers_from_before(monkeypatch
         raise Stopped
 
     def init(address: str, **options: Any) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))  # as Ray does
-        raise SystemExit(1)  # as Ray's handler does
+        signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("Ray's handler was left in place"))
+        raise SystemExit(1)  # as that handler does
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", init)
@@ -87,16 +85,45 @@ def test_an_address_where_no_cluster_is_fails_at_once(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("has_begun", [False, True])
 def test_work_that_waits_for_a_full_cluster_is_told_and_work_that_has_begun_is_not(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_begun: bool
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cluster, "BEGIN_WITHIN_S", 0.1)
-    attempts = start_attempts()
-    if has_begun:
-        ray.get(attempts.begin.remote("all", 0))
-    ray.get(attempts.has_begun.remote())  # it has started, so that the answer comes in time
-    with caplog.at_level(logging.WARNING), waiting_told(attempts, "3 actors of 2 CPUs each"):
-        time.sleep(1)
-    told = "3 actors of 2 CPUs each were asked for, the cluster has 2 CPUs and 0 GPUs free now"
-    assert (told in caplog.text) == (not has_begun)
+    witness = start_here(Witness)
+    asked = {"actors": "3 actors of 2 CPUs each", "decode": "tasks of 1 CPU each"}
+
+    def told(within_s: float) -> str:
+        caplog.clear()
+        with waiting_told(witness, asked):
+            deadline = time.monotonic() + within_s
+            while not caplog.text and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return caplog.text
+
+    assert "not begun within 0 s: 3 actors of 2 CPUs each, tasks of 1 CPU each; free in the cluster now: " in told(60)
+    ray.get(witness.arrive.remote("decode"))
+    assert "not begun within 0 s: 3 actors of 2 CPUs each; free" in told(60)
+    ray.get(witness.arrive.remote("actors"))
+    assert told(2) == ""
+
+
+def test_a_block_that_ends_in_time_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cluster, "_still_waiting", lambda *arguments: asked.append(arguments))
+    with waiting_told(None, {}):
+        pass
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "words"),
+    [
+        (1, 0, "1 CPU"),
+        (2, 1, "2 CPUs and 1 GPU"),
+        (0, 1 / 3, "0.333 GPUs"),
+        (0, 0, "nothing"),
+        (1536, 8, "1536 CPUs and 8 GPUs"),
+    ],
+)
+def test_resources_are_told_in_words(cpus: float, gpus: float, words: str) -> None:
+    assert in_words(cpus, gpus) == words

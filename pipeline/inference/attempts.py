@@ -6,14 +6,17 @@ wait for.
 
 from collections import Counter
 
+from pipeline.cluster import Witness
+
 MAX_DEATHS = 3
 _MOST_BEGINNINGS = 10  # of a shard, done or not: what dies after a shard is done must not go on for ever either
 
 
-class ShardAttempts:
+class ShardAttempts(Witness):
     """How often each shard was begun in this flow; one actor, on the driver's node."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._begun: Counter[tuple[str, int]] = Counter()
         self._done: Counter[tuple[str, int]] = Counter()
 
@@ -23,16 +26,13 @@ class ShardAttempts:
         One after the first is begun, and counts, only where the shard `is_alone` in its process: who is told another
         number than 1 must see to that and ask again, for of shards beside each other all would be blamed for a death.
         """
+        self.arrive(stage)
         key = (stage, shard_id)
         num_begun = self._begun[key] + 1
         attempt = num_begun - (self._done[key] if num_begun <= _MOST_BEGINNINGS else 0)
         if attempt == 1 or is_alone:
             self._begun[key] = num_begun
         return attempt
-
-    def has_begun(self) -> bool:
-        """Whether a worker has begun anything."""
-        return bool(self._begun)
 
     def end(self, stage: str, shard_id: int) -> None:
         """The stage of the shard is done: should it be begun again, it is not to blame for what ended its task."""

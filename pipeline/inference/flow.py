@@ -16,17 +16,16 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import ray
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import errors, storage
-from pipeline.cluster import Node, waiting_told
+from pipeline.cluster import Node, in_words, start_here, waiting_told
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
@@ -151,10 +150,13 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         compile_first(plan, layout, attempts)
     num_actors = min(layout.num_actors, len(shards))
     fair_share = math.ceil(len(shards) / num_actors)  # else the first actor that is ready takes the others'
+    num_gpus = 1 if num_actors <= layout.num_gpus else layout.gpus_per_actor  # few leave none idle
+    asked = {"actors": f"{num_actors} actors of {in_words(layout.cpus_per_actor, num_gpus)} each"}
     dataset = shard_dataset(shards)
     worker = {"run": plan.run, "attempts": attempts}
     task, actor = _stages(layout.form, plan.run.decode)
     if task is not None:
+        asked["decode"] = "tasks of 1 CPU each"
         dataset = dataset.map_batches(
             task,
             fn_kwargs=worker,
@@ -169,7 +171,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         batch_size=1,
         batch_format="numpy",
         num_cpus=layout.cpus_per_actor,
-        num_gpus=(1 if num_actors <= layout.num_gpus else layout.gpus_per_actor) or None,  # few leave none idle
+        num_gpus=num_gpus or None,
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=num_actors,
@@ -179,13 +181,7 @@ def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
             enable_true_multi_threading=True,
         ),
     )
-    yield from receipts_of(dataset, attempts, f"{num_actors} actors of {_each(layout)} each")
-
-
-def _each(layout: Layout) -> str:
-    """What an actor asks for, in words."""
-    gpus = f" and {layout.gpus_per_actor:g} GPUs" if layout.gpus_per_actor else ""
-    return f"{layout.cpus_per_actor} CPUs{gpus}"
+    yield from receipts_of(dataset, attempts, asked)
 
 
 def _stages(form: Form, decode: Literal["cpu", "gpu"]) -> tuple[Callable[..., Any] | None, type]:
@@ -196,11 +192,12 @@ def _stages(form: Form, decode: Literal["cpu", "gpu"]) -> tuple[Callable[..., An
 
 
 def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
-    """Compile the run's networks in a task of an actor's size. Raises RunError where they must be and cannot be."""
+    """Compile the run's networks in a task of an actor's size. Raises BundleError where they must be and cannot be."""
     print("compiling the networks, once for this kind of device", file=sys.stderr, flush=True)
     options: dict[str, Any] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
     try:
-        with waiting_told(attempts, f"a task of {_each(layout)}"):
+        size = in_words(layout.cpus_per_actor, layout.gpus_per_actor)
+        with waiting_told(attempts, {"compile": f"a task of {size}"}):
             ray.get(ray.remote(compile_networks).options(**options).remote(plan.run, plan.manifest, attempts))
     except ray.exceptions.RayError as error:
         raise _failure(error) from error
@@ -219,10 +216,10 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=min(len(rows), most_tasks))
 
 
-def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: str) -> Iterator[Receipt]:
+def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, str]) -> Iterator[Receipt]:
     """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
 
-    `asked` says in words what is asked of the cluster, for which one may have to wait.
+    `asked` is what the dataset asks of the cluster, as `waiting_told` takes it: one may have to wait for it.
     Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.
     """
     try:
@@ -250,9 +247,7 @@ def _failure(error: BaseException) -> PipelineError:
 
 def start_attempts() -> Any:
     """A handle on a new `ShardAttempts`."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(ShardAttempts).options(**options).remote()
+    return start_here(ShardAttempts, max_restarts=-1, max_task_retries=-1)
 
 
 def _configure_ray_data() -> None:

@@ -38,6 +38,7 @@ class _Predicting:
     """An actor with the run's networks."""
 
     def __init__(self, run: Run, attempts: Any) -> None:
+        attempts.arrive.remote("actors")  # before what takes long
         from pipeline.inference.predictor import Predictor
 
         self._run, self._attempts = run, attempts
@@ -144,8 +145,8 @@ class PredictPrepared(_Predicting):
 
 
 def compile_networks(run: Run, manifest: Manifest, attempts: Any) -> None:
-    """A task that compiles a run's networks before its actors start. Raises RunError where they must be and cannot."""
-    attempts.begin.remote("compile", 0)
+    """A task that compiles a run's networks before its actors start. Raises BundleError where it must and cannot."""
+    attempts.arrive.remote("compile")
     networks.decide(run, manifest)
 
 

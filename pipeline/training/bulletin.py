@@ -2,31 +2,25 @@
 
 from typing import Any, TypeAlias
 
+from pipeline.cluster import Witness
 from pipeline.errors import PipelineError
 
 Status: TypeAlias = dict[str, Any]
 
 
-class Bulletin:
+class Bulletin(Witness):
     """Where rank 0 tells its progress and asks what is wanted; one actor, on the driver's node."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._told: list[Status] = []
-        self._should_stop = self._has_begun = False
+        self._should_stop = False
         self._ended: tuple[PipelineError | None, bytes] = None, b""
 
     def tell(self, status: Status) -> bool:
         """Keep it for the driver; whether a stop was asked for."""
         self._told.append(status)
         return self._should_stop
-
-    def begin(self) -> None:
-        """A worker has begun."""
-        self._has_begun = True
-
-    def has_begun(self) -> bool:
-        """Whether a worker has."""
-        return self._has_begun
 
     def take(self) -> tuple[list[Status], PipelineError | None]:
         """What was told since the last time, and what a worker has failed of for good."""

@@ -23,9 +23,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster import Node, waiting_told
+from pipeline.cluster import Node, in_words, start_here, waiting_told
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import AccessDeniedError, ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
@@ -38,9 +37,8 @@ _END_WITHIN_S = 30.0
 _STOP_WITHIN_S = 60.0
 
 _AFTER_DEATHS = (
-    "A worker's process died, and starting again did not help: look for out-of-memory kills (a smaller batch_size, "
-    "fewer workers), lost nodes, or an image whose decoder crashes (`python -m jobs.pack --check true` names it); then "
-    "run again"
+    "A worker's process died or was lost: look for out-of-memory kills (a smaller batch_size, fewer workers), lost "
+    "nodes, or an image whose decoder crashes (`python -m jobs.pack --check true` names it); then run again"
 )
 
 T = TypeVar("T")
@@ -58,7 +56,7 @@ class Workers:
     @property
     def each(self) -> str:
         """What each asks for, in words."""
-        return f"{self.cpus_per_worker} CPUs" + (" and a GPU" if self.use_gpu else "")
+        return in_words(self.cpus_per_worker, int(self.use_gpu))
 
 
 def choose_workers(
@@ -82,14 +80,14 @@ def choose_workers(
         raise ConfigError(f"compute.num_workers: expected at least 1{limit}, got {asked}")
     cpus = cpus_per_worker or _fair_share(nodes, most, use_gpu)
     fitting = sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
+    workers = Workers(fewest, most, cpus, use_gpu)
     if fitting < fewest:
         there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
-        each = Workers(fewest, most, cpus, use_gpu).each
         raise ConfigError(
-            f"compute.num_workers: {fewest} workers of {each} each do not fit this cluster, {fitting} do (nodes: "
-            f"{there}); lower it or compute.cpus_per_worker, or add nodes"
+            f"compute.num_workers: {fewest} workers of {workers.each} each do not fit this cluster, {fitting} do "
+            f"(nodes: {there}); lower it or compute.cpus_per_worker, or add nodes"
         )
-    return Workers(fewest, most, cpus, use_gpu)
+    return workers
 
 
 def run_training(run: TrainingRun, workers: Workers, observe: Callable[[Status], None]) -> None:
@@ -115,14 +113,14 @@ def run_workers(
     times, unless it failed of what starting again would not change: that PipelineError is raised, as RunError is with
     whatever else a rank failed of.
     """
-    bulletin = _on_this_node(Bulletin)
+    bulletin = start_here(Bulletin)
     # Ray's records of this attempt; nothing is resumed from them, and after a stop it may still be writing there
     with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as folder:
         being_workers = partial(_be_a_worker, work, bulletin, workers.cpus_per_worker)
         fitting = partial(_fit, being_workers, workers, name, max_failures, folder)
         fit = _in_a_thread(fitting)  # not on the main thread, where Ray Train would put in a signal handler of its own
         try:
-            with waiting_told(bulletin, f"{workers.fewest} workers of {workers.each} each"):
+            with waiting_told(bulletin, {"workers": f"{workers.fewest} workers of {workers.each} each"}):
                 _follow(fit, bulletin, observe)
         except BaseException:
             bulletin.stop.remote()
@@ -168,7 +166,7 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
     context = ray.train.get_context()
     torch.set_num_threads(num_threads)  # Ray's actors begin with 1
     voice = _Voice(bulletin)
-    bulletin.begin.remote()
+    bulletin.arrive.remote("workers")
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
@@ -242,11 +240,6 @@ class _Voice:
         is_news, self._was_noticed = is_leaving and not self._was_noticed, is_leaving
         should_stop = self._answer is not None and ray.get(self._answer)
         return Notice(should_checkpoint=is_news, should_stop=bool(should_stop))
-
-
-def _on_this_node(actor: type) -> Any:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _fair_share(nodes: Sequence[Node], num_workers: int, use_gpu: bool) -> int:

@@ -244,6 +244,14 @@ def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_run_on_a_full_cluster_says_what_it_waits_for(world, full_cluster, caplog):
+    summary = run(world, run_id="waited", compute={"form": "split", "cpus_per_actor": 1})
+    assert summary["status"] == "done"
+    assert "not begun within 2 s: 1 actors of 1 CPU each, tasks of 1 CPU each; free" in caplog.text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_ray, monkeypatch):
     class Killed(PredictFused):
         def __call__(self, rows):

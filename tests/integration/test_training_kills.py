@@ -137,5 +137,5 @@ def test_whatever_dies_the_weights_are_an_undisturbed_runs(root, undisturbed, tw
 def test_more_workers_than_the_cluster_has_are_refused_at_once(root):
     refused = start(root, "crowd", **{"compute.num_workers": 5})
     message = finish(root, "crowd", refused, expected_code=2)["message"]
-    assert "5 workers of 1 CPUs each do not fit this cluster, 2 do" in message
+    assert "5 workers of 1 CPU each do not fit this cluster, 2 do" in message
     assert not (root / "runs/crowd").exists()

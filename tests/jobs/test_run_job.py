@@ -119,8 +119,8 @@ class Example(JobConfig):
 def main(config):
     with connected_ray():
         import ray
-        print("ready", file=sys.stderr, flush=True)
         try:
+            print("ready", file=sys.stderr, flush=True)
             time.sleep(300)
         finally:
             print("one", ray.get(ray.remote(lambda: 1).remote()), file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipeline.cluster import Node
 from pipeline.errors import ConfigError, StorageError
-from pipeline.training.trainer import Workers, _cause, choose_workers
+from pipeline.training.trainer import Workers, _cause, choose_workers, run_workers
 
 AS_IT_COMES = {"num_workers": None, "cpus_per_worker": None}
 
@@ -34,7 +34,7 @@ def test_cpus_are_shared_fairly_and_a_pair_is_the_fewest_and_the_most():
 def test_workers_that_do_not_fit_are_refused_with_what_there_is():
     with pytest.raises(ConfigError, match=r"3 workers of 2 CPUs each do not fit this cluster, 2 do \(nodes: 2 CPUs \+"):
         choose_workers([Node(2), Node(3)], num_workers=[3], cpus_per_worker=2, use_gpu=False)
-    with pytest.raises(ConfigError, match="2 workers of 1 CPUs and a GPU each do not fit this cluster, 1 do"):
+    with pytest.raises(ConfigError, match="2 workers of 1 CPU and 1 GPU each do not fit this cluster, 1 do"):
         choose_workers([Node(4, 1)], num_workers=[2], cpus_per_worker=1, use_gpu=True)
 
 
@@ -48,6 +48,13 @@ def test_without_lanes_there_may_be_as_many_workers_as_fit():
     assert choose_workers([Node(64)], num_workers=[40], cpus_per_worker=1, use_gpu=False).most == 40
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_training_on_a_full_cluster_says_what_it_waits_for(full_cluster, caplog):
+    assert run_workers(lambda worker: worker.rank + 7, Workers(1, 1, 1, False), name="waited", max_failures=0) == 7
+    assert "not begun within 2 s: 1 workers of 1 CPU each; free" in caplog.text
+
+
 DEATH = WorkerHealthCheckFailedError("worker 1 is gone", ActorDiedError())
 ALONE = RuntimeError("Connection closed by peer")
 
@@ -58,7 +65,7 @@ ALONE = RuntimeError("Connection closed by peer")
         ([ALONE, DEATH, StorageError("503 at s3://set")], "503 at s3://set"),
         (
             [ALONE, DEATH],
-            f"worker 1 is gone\n{ActorDiedError()}\nA worker's process died, and starting again did",
+            f"worker 1 is gone\n{ActorDiedError()}\nA worker's process died or was lost",
         ),
         ([ALONE], "Connection closed by peer"),
     ],
