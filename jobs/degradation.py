@@ -21,12 +21,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from jobs import run_job
 from pipeline import storage
 from pipeline.cluster import Node, choose_device, connected_ray
+from pipeline.config import describe
 from pipeline.data.training_set import TrainingSet
+from pipeline.errors import ConfigError
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, make_run
@@ -148,7 +150,11 @@ def _make_net(config: DegradationConfig, kind: Kind, depth: int) -> Net:
         "resume": "auto" if config.resume else False,
     }
     shared = config.model_dump(exclude={"depths", "kinds"})
-    return Net(kind, depth, make_run(TrainConfig(**{**shared, **of_net})))
+    try:
+        of_run = TrainConfig(**{**shared, **of_net})
+    except ValidationError as error:
+        raise ConfigError(f"of the net {kind}-{depth}:\n{describe(error)}") from error
+    return Net(kind, depth, make_run(of_run))
 
 
 def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) -> list[Net]:
@@ -156,6 +162,7 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
     from pipeline.telemetry import TrainingProgress
     from pipeline.training import checkpoint
     from pipeline.training.loop import refuse_impossible
+    from pipeline.training.result import is_finished
     from pipeline.training.trainer import choose_workers
 
     device = choose_device(nodes, config.compute.device)
@@ -172,8 +179,9 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
         refuse_impossible(net.run, train_set)
     for net in nets:
         begin(net.run)
-    done = {net.name: max(checkpoint.list_steps(net.run.uri), default=0) for net in nets}
-    unfinished = [net for net in nets if done[net.name] < net.run.num_steps]
+    states = {net.name: checkpoint.read_last(net.run.uri) for net in nets}
+    done = {name: 0 if state is None else int(state["step"]) for name, state in states.items()}
+    unfinished = [net for net in nets if not ((state := states[net.name]) and is_finished(net.run, state))]
     total = sum(net.run.num_steps for net in nets)
     with TrainingProgress(num_steps=total, interval_s=config.progress_interval_s) as progress:
         train_together(unfinished, workers, num_at_once(nodes, workers), Told(progress, done, total))
@@ -191,9 +199,11 @@ def train_together(nets: Sequence[Net], workers: "Workers", at_once: int, told: 
     is_stopping = threading.Event()
 
     def train(net: Net) -> None:
-        def observe(status: dict[str, Any]) -> None:
+        def look_out() -> None:
             if is_stopping.is_set():
                 raise _CutShortError
+
+        def observe(status: dict[str, Any]) -> None:
             told.update(net.name, status)
             tracker.update(status)
 
@@ -201,7 +211,7 @@ def train_together(nets: Sequence[Net], workers: "Workers", at_once: int, told: 
             return
         try:
             with Tracker(net.run) as tracker:
-                run_training(net.run, workers, observe)
+                run_training(net.run, workers, observe, look_out)
         except _CutShortError:
             return
         except BaseException:

@@ -15,7 +15,7 @@ from pipeline.config import JobConfig
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ConfigError
 from pipeline.models import pretrained
-from pipeline.models.bundle import Architecture, Metric, fill, pack
+from pipeline.models.bundle import Architecture, Metric, Name, fill, pack
 from pipeline.models.registry import publish, set_alias
 
 
@@ -41,11 +41,11 @@ class ImportConfig(JobConfig):
     """What the network was evaluated with"""
     registry: str
     """URI of the registry"""
-    name: str
+    name: Name
     """Name of the bundle in the registry"""
-    version: str
+    version: Name
     """Version of the bundle, never published before"""
-    alias: str | None = None
+    alias: Name | None = None
     """Alias to point at the new bundle, such as production"""
     metrics: dict[str, Metric] = Field(default_factory=dict)
     """Figures known of these weights, each with the protocol it was measured by"""
@@ -56,8 +56,10 @@ def main(config: ImportConfig) -> dict[str, Any]:
     is_pretrained = pretrained.is_weights_name(config.source)
     architecture, classes, preprocessing, metrics = (_torchvision_meaning if is_pretrained else _given_meaning)(config)
 
-    from pipeline.models import foreign  # torch, which a config that is refused need not wait for
-    from pipeline.models.catalog import build
+    import torch  # which a config that is refused need not wait for
+
+    from pipeline.models import foreign
+    from pipeline.models.catalog import build, refuse_size
 
     if is_pretrained:
         weights = pretrained.read_weights(config.source)
@@ -66,6 +68,7 @@ def main(config: ImportConfig) -> dict[str, Any]:
     network = build(architecture.name, len(classes), **architecture.arguments)
     adapted = foreign.adapt(weights, network, config.rename)
     fill(network, adapted.weights, config.source)
+    refuse_size(network.eval(), preprocessing.crop_size, torch.device("cpu"))
     bundle, data = pack(
         network,
         name=config.name,
@@ -121,7 +124,7 @@ def _class_names(config: ImportConfig) -> list[str]:
     if pretrained.is_weights_name(config.classes_from):
         return pretrained.classes(config.classes_from)
     try:
-        lines = storage.read(storage.normalise(config.classes_from)).decode().splitlines()
+        lines = storage.read(storage.normalise(config.classes_from)).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"classes_from: expected UTF-8 in {config.classes_from}, got {error}") from error
     return [line for line in lines if line]

@@ -28,7 +28,7 @@ from pipeline.data.sources import (
     require_columns,
     to_strings,
 )
-from pipeline.data.uri_table import label_text
+from pipeline.data.uri_table import LabelKind, label_text
 from pipeline.errors import ManifestError
 
 PLACE_SCHEMA = pa.schema(
@@ -54,7 +54,8 @@ class PackedSource:
 
     uri: str
     is_packed: bool = field(default=True, init=False)
-    label_kind: Literal["names", "ids", "text"] = field(default="names", init=False)
+    label_kind: LabelKind = field(default="names", init=False)
+    _kinds: dict[LabelKind, str] = field(default_factory=dict, init=False)
     skipped: Counter[str] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class PackedSource:
         images = {name: pa.nulls(len(batch), IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names}
         images |= dict(zip(batch.schema.names, batch.columns, strict=True))
         if "label" in batch.schema.names:
-            images["label"], self.label_kind = label_text(images["label"], part, "label")
+            images["label"], self.label_kind = label_text(images["label"], part, "label", self._kinds)
         if images["uri"].null_count:
             raise ManifestError(f"{part!r}: expected a uri in every row, got {images['uri'].null_count} empty ones")
         cast = [images[name].cast(IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names]

@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, parts, readable, require_columns
 from pipeline.errors import ManifestError
+
+LabelKind: TypeAlias = Literal["names", "ids", "text"]
+_BY_RANK: tuple[LabelKind, ...] = ("names", "text", "ids")  # what labels of several kinds are
 
 
 @dataclass(slots=True)
@@ -32,7 +35,8 @@ class TableSource:
     etag_column: str | None = None
     root: str | None = None
     is_packed: bool = field(default=False, init=False)
-    label_kind: Literal["names", "ids", "text"] = field(default="text", init=False)
+    label_kind: LabelKind = field(default="text", init=False)
+    _kinds: dict[LabelKind, str] = field(default_factory=dict, init=False)
     skipped: Counter[str] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class TableSource:
             return pa.nulls(len(batch), wanted)
         values = batch.column(column)
         if name == "label":
-            values, self.label_kind = label_text(values, table, column)
+            values, self.label_kind = label_text(values, table, column, self._kinds)
         try:
             return values.cast(wanted)
         except pa.ArrowException as error:
@@ -83,16 +87,25 @@ def read_labels(uri: str, *, uri_column: str = "uri", label_column: str = "label
     return labels
 
 
-def label_text(labels: pa.Array, table: str, column: str) -> tuple[pa.Array, Literal["names", "ids", "text"]]:
-    """Labels as text, with what kind of label their type makes them. Raises ManifestError for other types."""
+def label_text(labels: pa.Array, table: str, column: str, kinds: dict[LabelKind, str]) -> tuple[pa.Array, LabelKind]:
+    """Labels as text, with what kind of label their type, and that of the tables before, makes them.
+
+    `kinds` are those met so far, each with a table that has it; it is added to. Raises ManifestError for other types,
+    and for names in one table and ids in another.
+    """
     kind = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
     if pa.types.is_integer(kind):
-        return labels.cast(kind).cast(pa.string()), "ids"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return labels.cast(pa.string()), "text" if table.endswith((".csv", ".csv.gz")) else "names"
-    if pa.types.is_null(kind):
-        return labels.cast(pa.string()), "text"
-    raise ManifestError(f"{table!r}: expected strings or integers in label column {column!r}, got {labels.type}")
+        kinds.setdefault("ids", table)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        kinds.setdefault("text" if table.endswith((".csv", ".csv.gz")) else "names", table)
+    elif not pa.types.is_null(kind):
+        raise ManifestError(f"{table!r}: expected strings or integers in label column {column!r}, got {labels.type}")
+    if {"ids", "names"} <= kinds.keys():
+        raise ManifestError(
+            f"expected labels of one kind in column {column!r}, got integers in {kinds['ids']!r} and strings in "
+            f"{kinds['names']!r}; give them one type"
+        )
+    return labels.cast(kind).cast(pa.string()), next((one for one in _BY_RANK if one in kinds), "text")
 
 
 def absolute(names: pa.Array, root: str | None, table: str) -> pa.Array:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
@@ -94,6 +95,19 @@ def build(architecture: str, num_classes: int, **arguments: Any) -> Network:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{architecture} cannot be built with arguments {arguments}: {error}") from error
     return Network(classifier, _head_name(architecture, classifier))
+
+
+def refuse_size(network: nn.Module, size: int, device: torch.device) -> None:
+    """Raise ConfigError where the network, in the mode it is in, cannot take images of `size` by `size` pixels."""
+    try:
+        with torch.no_grad():
+            network.forward(torch.zeros(2, 3, size, size, device=device))  # a call would compile what compiles
+    except Exception as error:  # each network has its own
+        first_line = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"expected a size that the network takes, got images of {size} by {size} pixels: {type(error).__name__}: "
+            f"{first_line}; change augment.size, augment.progressive or preprocessing.crop_size"
+        ) from error
 
 
 def family_member(architecture: str) -> Callable[..., nn.Module] | None:

@@ -27,13 +27,16 @@ def choose_classes(confusion: Counts) -> list[int]:
     """
     if len(confusion) <= MOST_CLASSES:
         return list(range(len(confusion)))
-    between = np.triu(confusion + confusion.T, k=1)
-    first, second = np.unravel_index(np.argsort(-between, axis=None, kind="stable"), between.shape)
+    truths, answers, counts = _wrong(confusion)
+    pairs = np.minimum(truths, answers) * len(confusion) + np.maximum(truths, answers)
+    pairs, inverse = np.unique(pairs, return_inverse=True)
+    between = np.bincount(inverse, weights=counts)
     chosen: dict[int, None] = {}  # an ordered set
-    for pair in zip(first.tolist(), second.tolist(), strict=True):
-        if not between[pair] or len(chosen | dict.fromkeys(pair)) > MOST_CLASSES:
+    for pair in pairs[np.argsort(-between, kind="stable")]:
+        both = dict.fromkeys(divmod(int(pair), len(confusion)))
+        if len(chosen | both) > MOST_CLASSES:
             break
-        chosen |= dict.fromkeys(pair)
+        chosen |= both
     return list(chosen)
 
 
@@ -43,8 +46,9 @@ def draw_confusion(confusion: Counts, classes: Sequence[str], chosen: Sequence[i
     Colours and numbers are the share of the row's images, those of classes that are not drawn included; the wrong ones
     have a colour of their own, whose full strength is the largest of them.
     """
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    largest = max((shares[row, column] for row in chosen for column in chosen if row != column), default=0.0)
+    totals = np.maximum(confusion.sum(1), 1)
+    shares = {(row, column): confusion[row, column] / totals[row] for row in chosen for column in chosen}
+    largest = max((share for (row, column), share in shares.items() if row != column), default=0.0)
     names = [shorten(classes[index], _NAME_COLUMNS) for index in chosen]
     parts = []
     for y, row in enumerate(chosen):
@@ -97,12 +101,20 @@ def find_worst_classes(confusion: Counts, classes: Sequence[str], most: int) -> 
 
 def find_confusions(confusion: Counts, classes: Sequence[str], most: int) -> list[Bar]:
     """The most frequent confusions, the most frequent first; a bar is as long as its share of the largest."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    frequent = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    largest, totals = int(wrong.max()), confusion.sum(1)
+    truths, answers, counts = _wrong(confusion)
+    totals = confusion.sum(1)
     return [
-        Bar(f"{classes[row]} → {classes[column]}", count / largest, f"{count:,} of {totals[row]:,}")
-        for row, column in zip(*np.unravel_index(frequent, wrong.shape), strict=True)
-        if (count := int(wrong[row, column]))
+        Bar(
+            f"{classes[truths[at]]} → {classes[answers[at]]}",
+            counts[at] / counts.max(),
+            f"{counts[at]:,} of {totals[truths[at]]:,}",
+        )
+        for at in np.argsort(-counts, kind="stable")[:most]
     ]
+
+
+def _wrong(confusion: Counts) -> tuple[Counts, Counts, Counts]:
+    """Truths, answers and counts of what was confused, row by row: of many classes far fewer than C×C."""
+    truths, answers = np.nonzero(confusion)
+    truths, answers = truths[truths != answers], answers[truths != answers]
+    return truths, answers, confusion[truths, answers]

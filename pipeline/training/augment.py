@@ -43,6 +43,11 @@ def size_at(config: AugmentConfig, progress: float) -> int:
     return sizes[-1] if sizes else config.size
 
 
+def sizes(config: AugmentConfig) -> list[int]:
+    """The sides of the training images, from the beginning on."""
+    return [config.size, *(size for _, size in config.progressive)]
+
+
 class Geometry:
     """Cuts an image to the square that the network is trained on; holds no state, so threads may share it.
 
@@ -117,7 +122,7 @@ def crop_padded(pixels: Tensor, padding: int, size: int, draws: Tensor) -> Tenso
     if min(height, width) + 2 * padding < size:
         raise ConfigError(
             f"augment.size: expected at most {min(height, width) + 2 * padding} for cached images of {height}×{width} "
-            f"with padding {padding}, got {size}; lower it, or set data.cache to none or memory"
+            f"with padding {padding}, got {size}; lower it, or set data.cache to none"
         )
     top = to_device((draws[:, CROP_Y] * (height + 2 * padding - size + 1)).long(), pixels.device)
     left = to_device((draws[:, CROP_X] * (width + 2 * padding - size + 1)).long(), pixels.device)

@@ -30,10 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the states of one run, keeps the last ones and the best ones by top-1 accuracy; one per run, on rank 0."""
+    """Writes the states of one run, keeps the last ones and the best ones by top-1 accuracy; one per run, on rank 0.
 
-    def __init__(self, run_uri: str, config: CheckpointConfig) -> None:
+    `since` is the step that the run goes on from. Later checkpoints that are there by then are damaged, or were gone
+    back from, and go with the first that is written; those that come later are a twin's, and stay.
+    """
+
+    def __init__(self, run_uri: str, config: CheckpointConfig, since: int = 0) -> None:
         self._run_uri, self._config = run_uri, config
+        self._gone_back_from = {step for step in list_steps(run_uri) if step > since}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -67,10 +72,13 @@ class CheckpointWriter:
                 f"the checkpoint {uri!r} of {data.tell()} bytes cannot be written: {error}. Earlier ones stay: make "
                 "room or give access, then run again with --resume auto"
             ) from error
-        there = list_steps(self._run_uri)
-        until_now = [step for step in there if step <= state["step"]]  # later ones are damaged, or were gone back from
-        for step in set(there) - steps_to_keep(until_now, state["evaluations"], self._config):
+        there = set(list_steps(self._run_uri))
+        self._gone_back_from.discard(state["step"])
+        until_now = {step for step in there - self._gone_back_from if step <= state["step"]}
+        unwanted = until_now - steps_to_keep(until_now, state["evaluations"], self._config)
+        for step in unwanted | (there & self._gone_back_from):
             storage.delete(checkpoint_uri(self._run_uri, step))
+        self._gone_back_from.clear()
 
 
 def steps_to_keep(steps: Iterable[int], evaluations: list[dict[str, Any]], config: CheckpointConfig) -> set[int]:

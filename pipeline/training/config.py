@@ -1,5 +1,6 @@
 """What a training run is told, section by section; each part of the loop is given its own section only."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.models.bundle import Architecture, Name
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(ReadLimits):
@@ -75,6 +77,13 @@ class AugmentConfig(Section):
     cutmix: float = Field(0.0, ge=0)
     """Alpha of cutmix, 0 without (Yun et al. 2019, arXiv:1905.04899)."""
 
+    @model_validator(mode="after")
+    def _sizes_follow_one_another(self) -> Self:
+        shares = [share for share, _ in self.progressive]
+        if any(later <= earlier for earlier, later in pairwise(shares)):
+            raise ValueError(f"expected progressive with each share above the one before, got {shares}")
+        return self
+
 
 class LossConfig(Section):
     """What is minimised."""
@@ -87,6 +96,12 @@ class LossConfig(Section):
     """For bce: shares of a mixed target above this count as 1, others as 0; unset: they stay shares."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs the inverse of its share of the training images, 1 on average over the images."""
+
+    @model_validator(mode="after")
+    def _threshold_has_its_loss(self) -> Self:
+        if self.bce_threshold is not None and self.kind != "bce":
+            raise ValueError(f"expected bce_threshold with kind bce alone, got kind {self.kind}")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -103,7 +118,7 @@ class OptimizerConfig(Section):
     """Of sgd."""
     nesterov: bool = False
     """Nesterov's momentum, for sgd."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments of LAMB."""
     eps: float = Field(1e-6, gt=0)
     """Added to LAMB's denominator."""
@@ -146,6 +161,12 @@ class ScheduleConfig(Section):
     section 4.2, for ResNet-110)."""
     warmup_factor: float = Field(0.01, ge=0, le=1)
     """Where the warm-up starts."""
+
+    @model_validator(mode="after")
+    def _steps_have_milestones(self) -> Self:
+        if (self.kind == "step") != bool(self.milestones):
+            raise ValueError(f"expected milestones with kind step, and with it alone, got {self.milestones}")
+        return self
 
 
 class EmaConfig(Section):
@@ -209,7 +230,8 @@ class TrainComputeConfig(Section):
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs of one; unset: a fair share of the smallest node."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward and backward passes, under autocast; weights stay float32. auto: bfloat16 on GPUs that have it."""
+    """Of forward and backward passes, under autocast; weights stay float32. auto: bfloat16 on GPUs that have it.
+    float32 is without TF32."""
     compile: bool = False
     """torch.compile."""
     sync_batch_norm: bool = False
@@ -246,7 +268,7 @@ class TrainConfig(JobConfig):
     """Formats that the published network is also written in, below the bundle, each checked to give its answers."""
     architecture: Architecture | None = None
     """Network of the catalog and arguments of its constructor; unset: that of `start.bundle`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Length of the training in passes over the images; this or `steps`."""
     steps: int | None = Field(None, ge=1)
     """Length of the training in batches; this or `epochs`."""
@@ -271,6 +293,8 @@ class TrainConfig(JobConfig):
     def _of_one_piece(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("expected either epochs or steps")
+        if self.version == "aliases":
+            raise ValueError("expected another version than 'aliases', where the registry keeps its aliases")
         if self.start.bundle is not None and self.start.zero_init_last_norm:
             raise ValueError("expected start.bundle or start.zero_init_last_norm, which would undo it")
         if self.start.bundle is None and (self.architecture is None or self.evaluation.preprocessing is None):

@@ -30,14 +30,6 @@ class Counts:
     def empty(cls, num_classes: int) -> Self:
         return cls(np.zeros((num_classes, num_classes), np.int64))
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.confusion + other.confusion,
-            self.num_errors + other.num_errors,
-            self.top5 + other.top5,
-            self.loss_sum + other.loss_sum,
-        )
-
     def summed(self, reduce: Reduce, device: torch.device) -> "Counts":
         """The counts of all ranks together."""
         tensor = self.to_tensor().to(device)
@@ -101,6 +93,21 @@ class Counts:
             {"class": name, "num_images": images, "top1": right, "top1_accuracy": right / images if images else None}
             for name, images, right in zip(classes, num_images, num_right, strict=True)
         ]
+
+
+def to_entries(confusion: IntArray) -> dict[str, torch.Tensor]:
+    """What is not zero in a confusion, for a checkpoint: int64 `truths`, `answers` and `counts`. Of many classes it is
+    little beside C×C, and at most one for each image."""
+    truths, answers = np.nonzero(confusion)
+    columns = {"truths": truths, "answers": answers, "counts": confusion[truths, answers]}
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def from_entries(entries: dict[str, torch.Tensor], num_classes: int) -> IntArray:
+    """The confusion that `to_entries` was told."""
+    confusion = Counts.empty(num_classes).confusion
+    confusion[entries["truths"], entries["answers"]] = entries["counts"]
+    return confusion
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,35 +192,33 @@ def evaluate_parts(
     num_done = 0
     with _in_eval_mode(network), torch.inference_mode():
         for part in parts:
-            outcome = _evaluate_part(network, manifest, part, setup, outcome)
+            _evaluate_part(network, manifest, part, setup, outcome)
             num_done += part.num_images
             on_progress(num_done)
     return outcome
 
 
-def _evaluate_part(network: Network, manifest: Manifest, part: Part, setup: Setup, before: Outcome) -> Outcome:
+def _evaluate_part(network: Network, manifest: Manifest, part: Part, setup: Setup, outcome: Outcome) -> None:
+    """Add what is found of a part to `outcome`, in place: of many classes the counts are large."""
     images = part.images(manifest)
     uris, labels = images["uri"].to_pylist(), images["label"].to_numpy()
-    counts, hardest = Counts.empty(network.num_classes), before.hardest
-    log = LoadLog()
+    num_judged, log = 0, LoadLog()
     for batch in _load(part.shard, images, setup, log):
         judged = _judge(network, batch, labels[batch.rows], setup)
         for row in judged.rows[~judged.is_finite]:
             log.errors[int(row)] = ImageError(
                 "predict", "not_finite", "expected finite logits, the network gave others"
             )
-        judged.count_in(counts)
-        hardest = heapq.nlargest(
-            setup.keep_hardest, [*hardest, *judged.hardest(uris, setup.keep_hardest)], key=lambda hard: hard.loss
-        )
-    counts.num_errors = len(log.errors)
-    assert counts.num_images + counts.num_errors == part.num_images
+        num_judged += judged.count_in(outcome.counts)
+        hard = [*outcome.hardest, *judged.hardest(uris, setup.keep_hardest)]
+        outcome.hardest[:] = heapq.nlargest(setup.keep_hardest, hard, key=lambda image: image.loss)
+    assert num_judged + len(log.errors) == part.num_images
+    outcome.counts.num_errors += len(log.errors)
     etags = images["etag"].to_pylist()
-    errors = [
+    outcome.errors.extend(
         FailedImage(uris[row], etags[row], error.stage, error.error, error.message)
         for row, error in sorted(log.errors.items())
-    ]
-    return Outcome(before.counts + counts, before.errors + errors, hardest)
+    )
 
 
 @contextmanager
@@ -247,11 +245,13 @@ class _Judged:
     is_in_top5: npt.NDArray[np.bool_]
     is_finite: npt.NDArray[np.bool_]
 
-    def count_in(self, counts: Counts) -> None:
+    def count_in(self, counts: Counts) -> int:
+        """Add the images with finite answers to `counts`; their number."""
         good = self.is_finite
         np.add.at(counts.confusion, (self.labels[good], self.predicted[good]), 1)
         counts.top5 += int(self.is_in_top5[good].sum())
         counts.loss_sum += float(self.losses[good].sum())
+        return int(good.sum())
 
     def hardest(self, uris: list[str], count: int) -> Iterator[HardImage]:
         losses = np.where(self.is_finite, self.losses, -np.inf)

@@ -79,7 +79,7 @@ def _num_processes(run: TrainingRun, worker: Worker, loader: TrainLoader) -> int
 
 def _lack_of_shared_memory(run: TrainingRun, worker: Worker, num_processes: int) -> str | None:
     config = run.config
-    side = max([config.augment.size, *(size for _, size in config.augment.progressive)])
+    side = max(augment.sizes(config.augment))
     num_images = -(-config.batch_size // worker.world_size) * (config.data.prefetch_batches + 1)
     of_worker = num_images * 3 * side**2 + run.num_images * _BYTES_TOLD_OF_AN_IMAGE
     needed, free = worker.num_on_node * of_worker, free_shared_memory()

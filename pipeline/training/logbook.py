@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
 from pipeline.training.bound import idle_share
-from pipeline.training.counts import Outcome
+from pipeline.training.counts import Outcome, to_entries
 from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
 
@@ -67,8 +67,8 @@ class Logbook:
         return step % self._look_every == 0
 
     def is_entry_due(self, since: int, until: int) -> bool:
-        """Whether a look at the steps after `since`, up to `until`, becomes a point of the curves."""
-        return is_passed(self._enter_every, since, until)
+        """Whether a look at the steps after `since`, up to `until`, becomes a point of the curves; the last always."""
+        return until == self._run.num_steps or is_passed(self._enter_every, since, until)
 
     def look(self) -> Notice:
         """Sum up over all ranks, tell the progress, and return what the outside asks for, the same on every rank.
@@ -95,8 +95,8 @@ class Logbook:
             self._enter(loss / max(num_counted, 1), num_right / max(num_counted, 1), num_planned, *seconds)
         return Notice(should_checkpoint > 0, should_stop > 0)
 
-    def judge(self, step: int, outcome: Outcome, failed: dict[str, ImageError]) -> None:
-        """Enter an evaluation, and the images that failed in training until now, on any rank."""
+    def judge(self, step: int, outcome: Outcome) -> None:
+        """Enter an evaluation."""
         counts = outcome.counts
         entry = {
             "step": step,
@@ -109,13 +109,18 @@ class Logbook:
         }
         self.evaluations.append(entry)
         self.last_outcome = {
-            "confusion": torch.from_numpy(counts.confusion),
+            "confusion": to_entries(counts.confusion),
             "hardest": [asdict(image) for image in outcome.hardest],
         }
-        self._gather_errors(failed)
         told = {f"evaluation_{name}": entry[name] for name in ("top1", "top5", "loss")}
         self._observe({**told, "evaluated_at": step})
         self._restart_clock()  # the evaluation's seconds are not training's
+
+    def gather_errors(self, failed: dict[str, ImageError]) -> None:
+        """Enter the images that failed in training until now, on any rank. Every rank calls it."""
+        mine = {uri: [error.stage, error.error, error.message] for uri, error in list(failed.items())}
+        for of_rank in self._worker.gather(mine):
+            self.errors |= of_rank
 
     def has_judged(self, step: int) -> bool:
         """Whether the network of that step was evaluated."""
@@ -167,11 +172,6 @@ class Logbook:
     def _observe(self, status: dict[str, Any]) -> None:
         if self._worker.rank == 0:
             self._worker.observe(status)
-
-    def _gather_errors(self, failed: dict[str, ImageError]) -> None:
-        mine = {uri: [error.stage, error.error, error.message] for uri, error in list(failed.items())}
-        for of_rank in self._worker.gather(mine):
-            self.errors |= of_rank
 
     def _refuse_loss(self) -> None:
         """Every rank names the same images: those of the first step whose loss was no number on any rank."""

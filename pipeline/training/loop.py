@@ -18,7 +18,7 @@ from pipeline.data.train_loader import TrainBatch, to_device
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError, StorageError
 from pipeline.models.bundle import Bundle, load_network
-from pipeline.models.catalog import Network, build
+from pipeline.models.catalog import Network, build, refuse_size
 from pipeline.models.precision import autocast_type
 from pipeline.models.resnet import zero_init_last_norm
 from pipeline.training import augment, checkpoint, optim
@@ -46,16 +46,17 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
     _go_on(run, worker, trainee, log)
     loader = make_loader(run, worker, train_set)
     batches = storage.run_ahead(batches_of(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
-    with CheckpointWriter(run.uri, run.config.checkpoint) as writer:
+    with CheckpointWriter(run.uri, run.config.checkpoint, since=trainee.step) as writer:
 
         def save() -> None:
             trainee.refuse_non_finite()
+            log.gather_errors(loader.errors)
             if worker.rank == 0:
                 writer.write({**trainee.state(), **log.state()})
 
         def judge_if_due() -> None:
             if _is_evaluation_due(run, trainee.step) and not log.has_judged(trainee.step):
-                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set), loader.errors)
+                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set))
                 save()
 
         judge_if_due()  # a run that ended between a checkpoint and its evaluation
@@ -73,14 +74,23 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
 
 
 def refuse_impossible(run: TrainingRun, train_set: TrainingSet) -> None:
-    """Raise the ConfigError or BundleError that making the run's trainee would, before its name is taken.
+    """Raise the ConfigError or BundleError that a worker would begin or go on with, before the run's name is taken.
 
-    Without weights, but for those of a bundle that it starts from.
+    A trainee is made and shown images of each size, without weights but for those of a bundle that it starts from; with
+    them where a network cannot be made without.
     """
-    worker = replace(Worker(), device=torch.device("meta"))
-    with worker.device if run.start_uri is None else nullcontext():
-        Trainee(run, worker, train_set)
     augment.Geometry(run.config.augment, run.preprocessing)
+    try:
+        trainee = _make_trial(run, torch.device("meta"), train_set)
+    except NotImplementedError:  # torchvision's RegNets compute with tensors while they are made
+        trainee = _make_trial(run, torch.device("cpu"), train_set)
+    for size in sorted({*augment.sizes(run.config.augment), run.preprocessing.crop_size}):
+        trainee.refuse_size(size)
+
+
+def _make_trial(run: TrainingRun, device: torch.device, train_set: TrainingSet) -> "Trainee":
+    with device if run.start_uri is None else nullcontext():
+        return Trainee(run, replace(Worker(), device=device), train_set)
 
 
 def _go_on(run: TrainingRun, worker: Worker, trainee: "Trainee", log: Logbook) -> None:
@@ -153,7 +163,7 @@ class Trainee:
         images, targets = self._augment(pixels, labels, batch.draws, seed)
         images = images.to(memory_format=torch.channels_last)
         totals = torch.zeros(3, dtype=torch.float64, device=self._worker.device)
-        num_parts = self._run.config.optimizer.accumulation_steps
+        num_parts = min(self._run.config.optimizer.accumulation_steps, max(len(images), 1))
         parts = zip(*(tensor.tensor_split(num_parts) for tensor in (images, targets, labels, weights)), strict=True)
         for number, part in enumerate(parts, start=1):
             with self._synchronised(number == num_parts):
@@ -169,6 +179,10 @@ class Trainee:
                 f"step {self.step}: expected finite weights, the step made others; lower optimizer.learning_rate, "
                 "lengthen schedule.warmup, or set optimizer.clip_norm"
             )
+
+    def refuse_size(self, size: int) -> None:
+        """Raise ConfigError where the network cannot take images of that side."""
+        refuse_size(self._network, size, self._worker.device)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -190,14 +204,19 @@ class Trainee:
     def _forward_backward(
         self, images: Tensor, targets: Tensor, labels: Tensor, weights: Tensor, *, num_global: int
     ) -> Tensor:
-        if len(images) == 0:  # a rank without images still takes part in the others' sums
+        kept: list[Tensor] | None = None
+        if len(images) == 0:  # a rank without images still takes part in the others' sums, but learns nothing
             size = images.shape[1:]
             images, targets = images.new_zeros(1, *size), targets.new_zeros(1, *targets.shape[1:])
             labels, weights = labels.new_zeros(1), weights.new_zeros(1)
+            kept = [buffer.clone() for buffer in self._network.buffers()]
         with torch.autocast(self._worker.device.type, self._precision, enabled=self._precision is not None):
             logits, _ = self._replica(images)
         loss = self._loss(logits.float(), targets, weights)
         (loss * (self._worker.world_size / num_global)).backward()  # ranks' gradients are averaged
+        if kept is not None:
+            for buffer, before in zip(self._network.buffers(), kept, strict=True):
+                buffer.copy_(before)
         num_right = ((logits.argmax(1) == labels) * weights).sum()
         return torch.stack([loss.detach(), num_right, weights.sum()]).double()
 

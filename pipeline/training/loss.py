@@ -52,8 +52,8 @@ class Loss:
 
 
 def _balanced(class_counts: Sequence[int] | None) -> Tensor:
-    counts = torch.tensor(class_counts or [], dtype=torch.float64)
+    counts = torch.tensor(class_counts or [], dtype=torch.float64, device="cpu")  # trials are made on no device
     if counts.sum() == 0:
         raise ConfigError("loss.class_weights: balanced weights need training images of known classes, got none")
     weights = counts.sum() / ((counts > 0).sum() * counts)
-    return torch.where(counts > 0, weights, 0).float()
+    return weights.masked_fill(counts == 0, 0).float()

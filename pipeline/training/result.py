@@ -18,6 +18,7 @@ from pipeline.tables import schemas
 from pipeline.tables.writing import encode
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import State
+from pipeline.training.counts import from_entries
 from pipeline.training.loop import make_network
 from pipeline.training.protocol import Protocol
 from pipeline.training.run import MAY_CHANGE, TrainingRun
@@ -33,9 +34,11 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     version is another's.
     """
     last = checkpoint.read_last(run.uri)
-    if last is None or last["step"] < run.num_steps:
+    if last is None or not is_finished(run, last):
         done = 0 if last is None else last["step"]
-        raise RunError(f"expected {run.num_steps} steps to be done, found {done}: run again with --resume auto")
+        raise RunError(
+            f"expected {run.num_steps} steps to be done and judged, found {done} done: run again with --resume auto"
+        )
     best = checkpoint.read(run.uri, checkpoint.best_step(last["evaluations"]))
     network = make_network(run)
     network.load_state_dict(best["ema"] or best["network"])
@@ -52,12 +55,18 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     )
     uri = registry.publish(run.config.registry, bundle, weights)
     storage.write(storage.join(uri, "MODEL_CARD.md"), _model_card(run, bundle).encode())
-    if run.config.alias is not None:
-        registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
     for wanted in run.config.export:
         exported = export(network.eval(), run.preprocessing.crop_size, wanted)
         storage.write(storage.join(uri, "exports", EXPORT_FILES[wanted]), exported)
+    if run.config.alias is not None:  # last: who follows it finds all there
+        registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
     return bundle, uri, {**last, "outcome": best["outcome"]}
+
+
+def is_finished(run: TrainingRun, last: State) -> bool:
+    """Whether a run whose last state is this has nothing left to do: all its steps, and their evaluation."""
+    judged = [evaluation["step"] for evaluation in last["evaluations"]]
+    return last["step"] == run.num_steps and run.num_steps in judged
 
 
 def write_records(run: TrainingRun, last: State, facts: Facts) -> None:
@@ -127,7 +136,7 @@ def _report(run: TrainingRun, last: State, facts: Facts) -> TrainingReport:
         config_yaml=run.config.to_yaml(),
         history={"train": last["history"], "evaluations": last["evaluations"]},
         classes=run.classes,
-        confusion=outcome["confusion"].numpy(),
+        confusion=from_entries(outcome["confusion"], len(run.classes)),
         hardest=[_hard_image(run, image) for image in outcome["hardest"]],
         errors=dict(Counter(f"{stage}/{error}" for stage, error, _ in last["errors"].values())),
     )

@@ -28,6 +28,8 @@ from pipeline.training.config import TrainConfig
 # Where and how hard, not what: these do not change the weights.
 MAY_CHANGE: dict[str, Any] = {
     "resume": True,
+    "name": True,  # another run may have published under it meanwhile
+    "version": True,
     "alias": True,
     "export": True,
     "progress_interval_s": True,
@@ -72,7 +74,7 @@ class TrainingRun(BaseModel):
     @property
     def uri(self) -> str:
         """Where the run's files lie."""
-        return storage.join(storage.normalise(self.config.output), self.config.run_id)
+        return _uri_of(self.config)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,7 +100,7 @@ def make_run(config: TrainConfig) -> TrainingRun:
     refuse_one_class(train)
     _refuse_other_classes(train, evaluation)
     refuse_overlap(train, evaluation)
-    start = _resolve_start(config)
+    start = _start_uri(config)
     architecture, preprocessing = config.architecture, config.evaluation.preprocessing
     if start is not None:
         bundle = Bundle.load(start)
@@ -119,6 +121,7 @@ def make_run(config: TrainConfig) -> TrainingRun:
     if not goes_on(run) and config.version in registry.list_versions(config.registry, config.name):
         raise ConfigError(f"version: {config.name}/{config.version} is published already; choose a new one")
     _refuse_missing_packages(config)
+    _refuse_idle(run)
     if config.batch_size > run.num_images:
         raise ConfigError(
             f"batch_size: expected at most the {run.num_images} images of the set, got {config.batch_size}"
@@ -172,8 +175,29 @@ def _refuse_missing_packages(config: TrainConfig) -> None:
         raise ConfigError(f"export: onnx needs {' and '.join(missing)}: install them, or leave it out")
 
 
-def _resolve_start(config: TrainConfig) -> str | None:
-    return None if config.start.bundle is None else registry.resolve(config.registry, config.start.bundle)
+def _start_uri(config: TrainConfig) -> str | None:
+    """Where `start.bundle` lies; for a run that goes on the bundle that it began with, wherever its name leads now."""
+    if config.start.bundle is None:
+        return None
+    earlier = read_run(_uri_of(config)) if config.resume else None
+    if earlier is not None and earlier.config.start == config.start:
+        return earlier.start_uri
+    return registry.resolve(config.registry, config.start.bundle)
+
+
+def _refuse_idle(run: TrainingRun) -> None:
+    """Settings whose time never comes. Raises ConfigError."""
+    config = run.config
+    if config.ema.decay is not None and config.ema.every_steps > run.num_steps:
+        raise ConfigError(
+            f"ema.every_steps: expected at most the {run.num_steps} steps of the training, got {config.ema.every_steps}"
+        )
+    warmup = config.schedule.warmup * (run.steps_per_epoch if config.schedule.unit == "epochs" else 1)
+    if warmup > run.num_steps:
+        raise ConfigError(
+            f"schedule.warmup: expected at most the training's {run.num_steps} steps, got {warmup:g}: its learning "
+            "rate would never be reached"
+        )
 
 
 def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
@@ -200,6 +224,10 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
         flat |= inner
     return {name.removeprefix("config."): value for name, value in flat.items()}
+
+
+def _uri_of(config: TrainConfig) -> str:
+    return storage.join(storage.normalise(config.output), config.run_id)
 
 
 def _run_uri(uri: str) -> str:

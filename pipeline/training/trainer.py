@@ -28,6 +28,7 @@ from pipeline.cluster import Node, in_words, start_here, waiting_told
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import AccessDeniedError, ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
+from pipeline.training.config import TrainComputeConfig
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
@@ -90,11 +91,13 @@ def choose_workers(
     return workers
 
 
-def run_training(run: TrainingRun, workers: Workers, observe: Callable[[Status], None]) -> None:
+def run_training(
+    run: TrainingRun, workers: Workers, observe: Callable[[Status], None], look_out: Callable[[], None] = lambda: None
+) -> None:
     """Train to the run's end on a connected Ray. Raises as `run_workers` and `loop.train` do."""
     work = partial(_train, run.model_dump_json())
     failures = run.config.compute.max_failures
-    run_workers(work, workers, name=run.config.run_id, max_failures=failures, observe=observe)
+    run_workers(work, workers, name=run.config.run_id, max_failures=failures, observe=observe, look_out=look_out)
 
 
 def run_workers(
@@ -104,14 +107,15 @@ def run_workers(
     name: str,
     max_failures: int,
     observe: Callable[[Status], None] = lambda status: None,
+    look_out: Callable[[], None] = lambda: None,
     stop_within_s: float = _STOP_WITHIN_S,
 ) -> T:
     """Do `work` on every rank, on a connected Ray; what it returns on rank 0.
 
-    `observe` is called on this thread with what the ranks tell. An exception on this thread, a signal's too, asks the
-    workers to stop and waits for that, `stop_within_s` at most. A rank's death starts all of them again, `max_failures`
-    times, unless it failed of what starting again would not change: that PipelineError is raised, as RunError is with
-    whatever else a rank failed of.
+    `observe` is called on this thread with what the ranks tell, `look_out` all the while, also where they tell nothing.
+    An exception on this thread, theirs or a signal's, asks the workers to stop and waits for that, `stop_within_s` at
+    most. A rank's death starts all of them again, `max_failures` times, unless it failed of what starting again would
+    not change: that PipelineError is raised, as RunError is with whatever else a rank failed of.
     """
     bulletin = start_here(Bulletin)
     # Ray's records of this attempt; nothing is resumed from them, and after a stop it may still be writing there
@@ -121,7 +125,7 @@ def run_workers(
         fit = _in_a_thread(fitting)  # not on the main thread, where Ray Train would put in a signal handler of its own
         try:
             with waiting_told(bulletin, {"workers": f"{workers.fewest} workers of {workers.each} each"}):
-                _follow(fit, bulletin, observe)
+                _follow(fit, bulletin, observe, look_out)
         except BaseException:
             bulletin.stop.remote()
             futures.wait([fit], stop_within_s)
@@ -134,11 +138,14 @@ def run_workers(
     return cast(T, pickle.loads(result))
 
 
-def _follow(fit: futures.Future[None], bulletin: Any, observe: Callable[[Status], None]) -> None:
+def _follow(
+    fit: futures.Future[None], bulletin: Any, observe: Callable[[Status], None], look_out: Callable[[], None]
+) -> None:
     """Until the workers are done, tell what they tell. Raises what one has failed of where the others do not end."""
     failed_at = math.inf
     while not fit.done():
         futures.wait([fit], _POLL_S)
+        look_out()
         told, failure = ray.get(bulletin.take.remote())
         for status in told:
             observe(status)
@@ -151,15 +158,17 @@ def _follow(fit: futures.Future[None], bulletin: Any, observe: Callable[[Status]
 def _train(run_json: str, worker: Worker) -> None:
     run = TrainingRun.model_validate_json(run_json)
     if run.device == "cuda":
-        _choose_kernels(run.config.compute.deterministic)
+        _choose_kernels(run.config.compute)
     train(run, worker, TrainingSet.open(run.config.train), TrainingSet.open(run.config.evaluate_on))
 
 
-def _choose_kernels(deterministic: bool) -> None:
-    if deterministic:
+def _choose_kernels(compute: TrainComputeConfig) -> None:
+    if compute.precision == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # convolutions have 10 bits of mantissa otherwise
+    if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = not compute.deterministic
 
 
 def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int) -> None:

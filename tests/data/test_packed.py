@@ -46,6 +46,13 @@ def test_packed_parquet_without_its_columns_or_names_is_refused(tmp_path: Path) 
         write_manifest(fresh(), PackedSource(str(tmp_path)), shard_size=2)
 
 
+def test_packed_shards_with_labels_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    pq.write_table(packed_table(["x"], label=["cat"]), tmp_path / "p0.parquet")
+    pq.write_table(packed_table(["y"], label=[3]), tmp_path / "p1.parquet")
+    with pytest.raises(ManifestError, match=r"integers in '.*/p1\.parquet' and strings in '.*/p0\.parquet'"):
+        write_manifest(fresh(), PackedSource(str(tmp_path)), shard_size=2)
+
+
 def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> None:
     with tarfile.open(path, "w", format=format) as archive:
         for name, content in members.items():

@@ -113,3 +113,15 @@ def test_rows_without_a_uri_and_labels_of_other_types_are_refused(tmp_path: Path
         write_manifest(fresh(), TableSource(table), shard_size=2)
     with pytest.raises(ManifestError, match="strings or integers in label column 'score', got double"):
         write_manifest(fresh(), TableSource(table, label_column="score"), shard_size=2)
+
+
+def test_labels_of_one_kind_in_many_tables_keep_it_and_of_two_are_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", pa.table({"uri": ["s3://b/1"], "label": ["cat"]}))
+    write_table(tmp_path / "b.csv", pa.table({"uri": ["s3://b/2"], "label": ["3"]}))
+    write_table(tmp_path / "c.parquet", pa.table({"uri": ["s3://b/3"], "label": pa.nulls(1)}))
+    made = write_manifest(fresh(), TableSource(str(tmp_path), label_column="label"), shard_size=2)
+    assert made.classes == ["3", "cat"]
+    write_table(tmp_path / "d.parquet", pa.table({"uri": ["s3://b/4"], "label": [3]}))
+    expected = r"integers in '.*/d\.parquet' and strings in '.*/a\.parquet'"
+    with pytest.raises(ManifestError, match=expected):
+        write_manifest(fresh(), TableSource(str(tmp_path), label_column="label"), shard_size=2)

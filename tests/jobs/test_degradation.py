@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jobs.degradation import DegradationConfig, Net, Told, make_curve, num_at_once, train_together
+from jobs.degradation import DegradationConfig, Net, Told, _make_net, make_curve, num_at_once, train_together
 from pipeline.cluster import Node
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
 from pipeline.telemetry import TrainingProgress
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.trainer import Workers
 from tests.training_worlds import make_sets, train_config
 from tests.worlds import run_job
+
+Observe = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,12 @@ def test_a_net_that_fails_stops_those_beside_it_and_those_to_come(root, monkeypa
     nets = [Net("plain", depth, make_run(train_config(root, run_id=f"net-{depth}"))) for depth in (8, 14, 20)]
     seen = []
 
-    def run_training(run: TrainingRun, workers: Workers, observe: Callable[[dict[str, Any]], None]) -> None:
+    def run_training(run: TrainingRun, workers: Workers, observe: Observe, look_out: Callable[[], None]) -> None:
         seen.append(run.config.run_id)
         if run.config.run_id == "net-8":
             raise RunError("expected a finite loss")
-        for step in range(10_000):
-            observe({**look(step, 0.5), "loss": 1.0})
+        for _ in range(10_000):  # and tells nothing, as one that waits for a full cluster
+            look_out()
             time.sleep(0.01)
 
     monkeypatch.setattr("pipeline.training.trainer.run_training", run_training)
@@ -89,6 +91,12 @@ def test_a_net_that_fails_stops_those_beside_it_and_those_to_come(root, monkeypa
     with pytest.raises(RunError, match="finite loss"):
         train_together(nets, Workers(1, 1, 1, use_gpu=False), 2, told)
     assert sorted(seen) == ["net-14", "net-8"]
+
+
+def test_a_name_that_leaves_no_room_for_the_nets_is_refused(root):
+    config = DegradationConfig(**{**train_config(root).model_dump(), "run_id": "x" * 95})
+    with pytest.raises(ConfigError, match=r"of the net plain-20:\n.*run_id"):
+        _make_net(config, "plain", 20)
 
 
 def test_the_progress_is_that_of_all_nets():

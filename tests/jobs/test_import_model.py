@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 from jobs.import_model import ImportConfig, main
 from pipeline.config import load
@@ -62,7 +63,7 @@ def test_importing_again_changes_nothing(fields: dict[str, Any]):
 
 
 def test_classes_may_come_from_a_file(fields: dict[str, Any], tmp_path: Path):
-    (tmp_path / "classes.txt").write_text("ant\nthe bee's\nkätzchen\n", encoding="utf-8")
+    (tmp_path / "classes.txt").write_text("ant\nthe bee's\nkätzchen\n", encoding="utf-8-sig")  # as some editors do
     uri = main(ImportConfig(**fields | {"classes": None, "classes_from": str(tmp_path / "classes.txt")}))["bundle"]
     assert Bundle.load(uri).classes == ["ant", "the bee's", "kätzchen"]
 
@@ -113,7 +114,8 @@ def test_torchvisions_weights_bring_their_own_meaning(
         ({"architecture": {"name": "cifar_resnet"}}, ConfigError, "did you mean"),
         ({"key": "model"}, BundleError, "key: expected an entry"),
         ({"rename": {"linear": "layer1.0.conv1"}}, BundleError, "both become layer1.0.conv1.weight"),
-        ({"name": "a/b"}, BundleError, "name: "),
+        ({"name": "a/b"}, ValidationError, "name"),
+        ({"alias": "my alias"}, ValidationError, "alias"),
         ({"version": "aliases"}, BundleError, "aliases"),
     ],
 )
@@ -122,6 +124,13 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(
 ):
     with pytest.raises(error, match=message):
         main(ImportConfig(**fields | changes))
+    assert not Path(fields["registry"]).exists()
+
+
+def test_a_crop_that_the_network_cannot_take_is_refused_and_nothing_written(fields: dict[str, Any], tmp_path: Path):
+    torch.save(build("alexnet", 3).state_dict(), tmp_path / "checkpoint.pth")
+    with pytest.raises(ConfigError, match="got images of 32 by 32 pixels"):
+        main(ImportConfig(**fields | {"architecture": {"name": "alexnet"}}))
     assert not Path(fields["registry"]).exists()
 
 

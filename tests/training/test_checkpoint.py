@@ -122,6 +122,29 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000020.pt"]
 
 
+def test_a_slower_twin_leaves_the_newer_checkpoints_of_the_run_alone():
+    uri = fresh()
+    slow, fast = (CheckpointWriter(uri, CheckpointConfig(keep_last=1), since=0) for _ in range(2))
+    fast.write(state_at(40, 0.1))
+    fast.wait()
+    slow.write(state_at(30, 0.1))
+    slow.wait()
+    assert list_steps(uri) == [30, 40]
+
+
+def test_later_checkpoints_that_a_run_went_back_from_go_with_its_first():
+    uri = fresh()
+    write_all(uri, [state_at(10), state_at(20), state_at(30)], keep_last=3)
+    damage(uri, 30)
+    writer = CheckpointWriter(uri, CheckpointConfig(keep_last=3), since=20)
+    writer.write(state_at(25))
+    writer.wait()
+    assert list_steps(uri) == [10, 20, 25]
+    writer.write(state_at(30))
+    writer.wait()
+    assert list_steps(uri) == [20, 25, 30]
+
+
 # --- keeping ---------------------------------------------------------------------------------------------------------
 
 

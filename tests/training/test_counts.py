@@ -4,19 +4,29 @@ import json
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from pipeline.training.counts import Counts
+from pipeline.training.counts import Counts, from_entries, to_entries
 
 
-def test_counts_add_up_and_survive_the_way_through_a_tensor():
+def test_counts_add_up_as_tensors():
     first = Counts(np.array([[3, 1], [0, 2]]), num_errors=1, top5=6, loss_sum=1.5)
     second = Counts(np.array([[0, 1], [2, 0]]), num_errors=2, top5=3, loss_sum=0.25)
     tensor = first.to_tensor() + second.to_tensor()
     assert tensor.dtype == torch.int64
-    for total in (first + second, Counts.from_tensor(tensor, 1.75)):
-        assert total.confusion.tolist() == [[3, 2], [2, 2]]
-        assert (total.num_images, total.num_errors, total.top1, total.top5, total.loss_sum) == (9, 3, 5, 9, 1.75)
-        assert (total.top1_accuracy, total.top5_accuracy, total.top1_error, total.top5_error) == (5 / 9, 1, 4 / 9, 0)
+    total = Counts.from_tensor(tensor, 1.75)
+    assert total.confusion.tolist() == [[3, 2], [2, 2]]
+    assert (total.num_images, total.num_errors, total.top1, total.top5, total.loss_sum) == (9, 3, 5, 9, 1.75)
+    assert (total.top1_accuracy, total.top5_accuracy, total.top1_error, total.top5_error) == (5 / 9, 1, 4 / 9, 0)
+
+
+@given(st.integers(1, 6).flatmap(lambda size: arrays(np.int64, (size, size), elements=st.sampled_from([0, 0, 1, 7]))))
+def test_a_confusion_is_kept_as_its_entries(confusion):
+    entries = to_entries(confusion)
+    assert len(entries["counts"]) == np.count_nonzero(confusion)
+    assert from_entries(entries, len(confusion)).tolist() == confusion.tolist()
 
 
 def test_figures_without_images_are_null_in_json():

@@ -1,5 +1,6 @@
 """The loop does what a plain PyTorch loop does, alone or with others, disturbed or not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,35 @@ def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statis
     assert largest_difference(*(last_state(run)["network"] for run in runs)) < 1e-5
 
 
+def test_more_parts_than_images_are_as_many_as_images(root):
+    runs = [
+        train_here(train_config(root, run_id=f"many-{parts}", batch_size=4, optimizer={"accumulation_steps": parts}))
+        for parts in (4, 16)
+    ]
+    assert largest_difference(*(last_state(run)["network"] for run in runs)) == 0
+
+
+def test_a_rank_without_images_moves_no_statistics(root):
+    run = make_run(train_config(root, run_id="idle", optimizer={"weight_decay": 0}))
+    images = TrainingSet.open(run.config.train)
+    trainee = Trainee(run, Worker(), images)
+    batch = next(batches_of(run, Worker(), make_loader(run, Worker(), images), 0))
+    none = {name: getattr(batch, name)[:0] for name in ("uris", "pixels", "labels", "weights", "draws")}
+    before = {name: tensor.clone() for name, tensor in trainee.state()["network"].items()}
+    assert trainee.train_step(replace(batch, **none), 0.1).tolist() == [0, 0, 0]
+    assert largest_difference(before, trainee.state()["network"]) == 0
+    trainee.train_step(batch, 0.1)
+    assert largest_difference(before, trainee.state()["network"]) > 0
+
+
+def test_a_checkpoint_knows_the_images_that_failed_before_it(tmp_path):
+    make_sets(tmp_path, num_train=24, num_evaluation=12, num_broken=3)
+    config = train_config(tmp_path, data={"max_error_rate": 0.25})
+    run = train_here(config, stopping_at(3))
+    assert last_state(run)["evaluations"] == []
+    assert len(last_state(run)["errors"]) == last_state(run)["num_failed"] > 0
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_step_is_launched_without_waiting_for_its_work(root):
@@ -184,6 +214,11 @@ def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
         ({"augment": {"crop": "scale", "sides": (64, 48)}}, r"augment\.sides"),
         ({"augment": {"crop": "pad", "size": 4, "padding": 4}}, r"augment\.padding"),
         ({"compute": {"sync_batch_norm": True}}, r"compute\.sync_batch_norm: expected GPUs"),
+        ({"architecture": {"name": "vit_b_16"}}, "a size that the network takes, got images of 32 by 32 pixels"),
+        (
+            {"architecture": {"name": "alexnet"}, "augment": {"size": 224, "progressive": [(0.5, 16)]}},
+            "got images of 16 by 16 pixels",
+        ),
         ({"architecture": {"name": "mobilenet_v2"}, "start": {"zero_init_last_norm": True}}, "zero_init_last_norm"),
     ],
 )
@@ -193,11 +228,19 @@ def test_what_no_worker_could_begin_is_refused_before_its_name_is_taken(root, fi
         refuse_impossible(run, TrainingSet.open(run.config.train))
 
 
-@pytest.mark.parametrize("start", [{}, {"bundle": "tiny", "freeze": "trunk"}])
-def test_a_possible_run_is_not_refused(root, start):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ema": {"decay": 0.9}},
+        {"start": {"bundle": "tiny", "freeze": "trunk"}, "architecture": None, "evaluation": {}},
+        {"loss": {"class_weights": "balanced"}},
+        {"architecture": {"name": "regnet_y_400mf"}},
+        {"compute": {"compile": True}},
+    ],
+)
+def test_a_possible_run_is_not_refused(root, fields):
     make_bundle(root / "registry")
-    fields = {"architecture": None, "evaluation": {}} if start else {}
-    run = make_run(train_config(root, run_id="possible", start=start, ema={"decay": 0.9}, **fields))
+    run = make_run(train_config(root, run_id="possible", **fields))
     refuse_impossible(run.model_copy(update={"device": "cpu"}), TrainingSet.open(run.config.train))
 
 

@@ -18,7 +18,7 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.loop import make_network
-from pipeline.training.result import publish, write_records
+from pipeline.training.result import is_finished, publish, write_records
 from pipeline.training.run import TrainingRun, begin, make_run
 from tests.training_worlds import make_sets, train_config, train_here
 from tests.worlds import make_bundle
@@ -58,8 +58,7 @@ def leave_states(run: TrainingRun, top1: dict[int, float], *, with_ema: bool = F
         figures = {"top1": value, "top5": 1.0, "loss": 1 - value, "num_images": 20, "num_errors": 0}
         evaluations.append({"step": step, "epoch": step / 6, **figures})
         hard = {"uri": f"memory://gone/{step}.jpg", "label_id": 0, "predicted_id": 1, "score": 0.9, "loss": 2.0}
-        confusion = torch.zeros(len(run.classes), len(run.classes), dtype=torch.int64)
-        confusion[0, 0] = step
+        confusion = {"truths": torch.tensor([0]), "answers": torch.tensor([0]), "counts": torch.tensor([step])}
         writer.write(
             {
                 "step": step,
@@ -98,7 +97,7 @@ def test_the_best_weights_are_published_and_not_the_last(run, top1, best):
     assert bundle.training["step"] == best
     assert bundle.metrics["top1"].value == top1[best]
     assert last["step"] == NUM_STEPS
-    assert last["outcome"]["confusion"][0, 0] == best
+    assert last["outcome"]["confusion"]["counts"].tolist() == [best]
 
 
 def test_the_average_is_published_where_there_is_one(run):
@@ -147,7 +146,23 @@ def test_a_run_resumed_on_other_workers_publishes_the_same_bundle(sets, tmp_path
 @pytest.mark.parametrize(("top1", "done"), [({}, 0), ({3: 0.4, 6: 0.9}, 6)])
 def test_an_unfinished_run_is_not_published(run, tmp_path, top1, done):
     leave_states(run, top1)
-    with pytest.raises(RunError, match=f"expected 12 steps to be done, found {done}: run again with --resume auto"):
+    with pytest.raises(
+        RunError, match=f"expected 12 steps to be done and judged, found {done} done: run again with --resume auto"
+    ):
+        publish(run)
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_run_that_was_killed_before_its_last_evaluation_is_not_published(run, tmp_path):
+    leave_states(run, {6: 0.9, 12: 0.5})
+    state = checkpoint.read(run.uri, 12)
+    assert is_finished(run, state)
+    state["evaluations"].pop()
+    assert not is_finished(run, state)
+    writer = CheckpointWriter(run.uri, CheckpointConfig())
+    writer.write(state)
+    writer.wait()
+    with pytest.raises(RunError, match="expected 12 steps to be done and judged, found 12 done"):
         publish(run)
     assert not (tmp_path / "registry").exists()
 
@@ -159,6 +174,8 @@ def test_a_version_that_became_anothers_is_refused(run, tmp_path):
     with pytest.raises(BundleError, match="found another bundle, and bundles never change; choose a new version"):
         publish(run)
     assert files_below(tmp_path / "registry") == before
+    _, uri, _ = publish(run.model_copy(update={"config": run.config.model_copy(update={"version": "2"})}))
+    assert uri == registry.resolve(run.config.registry, "shapes/2")
 
 
 # --- the records -----------------------------------------------------------------------------------------------------

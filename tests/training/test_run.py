@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from jobs.demo_images import CLASSES
 from pipeline import storage
 from pipeline.data.manifest import write_manifest
 from pipeline.errors import BundleError, ConfigError, ManifestError
+from pipeline.models import registry
+from pipeline.models.bundle import Bundle
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import MAY_CHANGE, TrainingRun, begin, make_run, read_run
 from tests.manifests import Rows
@@ -132,7 +134,6 @@ CHANGED: list[tuple[str, dict[str, Any]]] = [
     ("seed", {"seed": 1}),
     ("epochs", {"epochs": 3}),
     ("batch_size", {"batch_size": 7}),
-    ("version", {"version": "2"}),
     ("optimizer.learning_rate", {"optimizer": {"learning_rate": 0.2}}),
     ("augment.horizontal_flip", {"augment": {"crop": "center", "size": 32, "horizontal_flip": 0.1}}),
     ("data.num_lanes", {"data": {"num_lanes": 5}}),
@@ -166,6 +167,7 @@ def test_a_resume_under_a_changed_config_names_the_field(root, name, fields):
     "fields",
     [
         {"alias": "production", "progress_interval_s": 1},
+        {"name": "other", "version": "2"},
         {"checkpoint": {"every_steps": 3, "keep_last": 5}},
         {"compute": {"num_workers": [1, 4], "cpus_per_worker": 1, "max_failures": 0}},
         {"data": {"decode_threads": 3, "prefetch_batches": 9, "fetch_concurrency": 2, "max_error_rate": 0.5}},
@@ -178,6 +180,52 @@ def test_what_does_not_change_the_weights_may_change(root, fields):
     begin(began)
     begin(run_of(root, resume=True, **fields))
     assert read_run(began.uri) == began
+
+
+def test_a_run_goes_on_from_the_bundle_it_began_with_wherever_the_name_leads_by_then(root):
+    fields = {"start": {"bundle": "tiny"}, "architecture": None, "evaluation": {}, "resume": "auto"}
+    uri = make_bundle(root / "registry")
+    begin(run_of(root, **fields))
+    registry.publish(str(root / "registry"), *as_version(uri, "2"))
+    assert run_of(root, run_id="later", **fields).start_uri == uri.replace("/tiny/1", "/tiny/2")
+    run = run_of(root, **fields)
+    assert run.start_uri == uri
+    begin(run)
+
+
+def as_version(uri: str, version: str) -> tuple[Bundle, bytes]:
+    weights = storage.read(f"{uri}/weights.safetensors")
+    return Bundle.load(uri).model_copy(update={"version": version}), weights
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"ema": {"decay": 0.9, "every_steps": 5}}, r"ema\.every_steps: expected at most the 4 steps"),
+        ({"schedule": {"warmup": 3}}, r"schedule\.warmup: expected at most the training's 4 steps, got 6"),
+        ({"schedule": {"warmup": 5, "unit": "steps"}}, r"schedule\.warmup"),
+    ],
+)
+def test_settings_whose_time_never_comes_are_refused(root, fields, told):
+    with pytest.raises(ConfigError, match=told):
+        run_of(root, batch_size=6, epochs=2, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"augment": {"progressive": [(0.6, 48), (0.3, 64)]}}, "each share above the one before"),
+        ({"loss": {"bce_threshold": 0.1}}, "bce_threshold with kind bce alone"),
+        ({"optimizer": {"betas": (0.9, 1.0)}}, "less than 1"),
+        ({"schedule": {"kind": "step"}}, "milestones with kind step"),
+        ({"schedule": {"kind": "cosine", "milestones": [1]}}, "milestones with kind step, and with it alone"),
+        ({"epochs": float("inf")}, "finite"),
+        ({"version": "aliases"}, "another version than 'aliases'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, fields, told):
+    with pytest.raises(ValidationError, match=told):
+        train_config(tmp_path, **fields)
 
 
 def test_what_may_change_are_fields_of_the_config():
