@@ -179,9 +179,13 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
         refuse_impossible(net.run, train_set)
     for net in nets:
         begin(net.run)
-    states = {net.name: checkpoint.read_last(net.run.uri) for net in nets}
-    done = {name: 0 if state is None else int(state["step"]) for name, state in states.items()}
-    unfinished = [net for net in nets if not ((state := states[net.name]) and is_finished(net.run, state))]
+    done: dict[str, int] = {}
+    unfinished: list[Net] = []
+    for net in nets:
+        last = checkpoint.read_last(net.run.uri)
+        done[net.name] = 0 if last is None else last["step"]
+        if last is None or not is_finished(net.run, last):
+            unfinished.append(net)
     total = sum(net.run.num_steps for net in nets)
     with TrainingProgress(num_steps=total, interval_s=config.progress_interval_s) as progress:
         train_together(unfinished, workers, num_at_once(nodes, workers), Told(progress, done, total))

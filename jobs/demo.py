@@ -112,7 +112,7 @@ def _train(root: Path, epochs: int) -> None:
             batch_size=64,
             augment=AugmentConfig(crop="random_resized", scale=(0.6, 1.0), size=32),
             optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, weight_decay=5e-4),
-            schedule=ScheduleConfig(kind="linear", warmup=2),
+            schedule=ScheduleConfig(kind="linear", warmup=min(2, epochs / 2)),
             evaluation=EvaluationConfig(preprocessing=Preprocessing(resize_size=32, crop_size=32), every_epochs=5),
         )
     )

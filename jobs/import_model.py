@@ -68,7 +68,8 @@ def main(config: ImportConfig) -> dict[str, Any]:
     network = build(architecture.name, len(classes), **architecture.arguments)
     adapted = foreign.adapt(weights, network, config.rename)
     fill(network, adapted.weights, config.source)
-    refuse_size(network.eval(), preprocessing.crop_size, torch.device("cpu"))
+    remedy = "change preprocessing.crop_size, or the architecture's arguments"
+    refuse_size(network.eval(), preprocessing.crop_size, torch.device("cpu"), remedy)
     bundle, data = pack(
         network,
         name=config.name,

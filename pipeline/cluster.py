@@ -183,11 +183,15 @@ class Witness:
 
 
 def start_here(actor: type, **options: Any) -> Any:
-    """A handle on a new actor on the driver's node, which takes no CPU; `options` are Ray's."""
+    """A handle on a new actor on the driver's node, with which it lives and dies; it takes no CPU; `options` are Ray's.
+
+    Not merely where it can be had: a raylet that does not know that node yet would start it on its own, for others to
+    kill.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options).remote()
 
 

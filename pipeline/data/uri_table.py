@@ -91,21 +91,26 @@ def label_text(labels: pa.Array, table: str, column: str, kinds: dict[LabelKind,
     """Labels as text, with what kind of label their type, and that of the tables before, makes them.
 
     `kinds` are those met so far, each with a table that has it; it is added to. Raises ManifestError for other types,
-    and for names in one table and ids in another.
+    and for strings in one typed table and integers in another; a CSV's text may be either.
     """
-    kind = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
-    if pa.types.is_integer(kind):
-        kinds.setdefault("ids", table)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        kinds.setdefault("text" if table.endswith((".csv", ".csv.gz")) else "names", table)
-    elif not pa.types.is_null(kind):
+    type_ = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
+    kind: LabelKind
+    if pa.types.is_integer(type_):
+        kind = "ids"
+    elif pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        kind = "text" if table.endswith((".csv", ".csv.gz")) else "names"
+    elif pa.types.is_null(type_):
+        kind = "text"
+    else:
         raise ManifestError(f"{table!r}: expected strings or integers in label column {column!r}, got {labels.type}")
+    if labels.null_count < len(labels):  # a column without labels says nothing, whatever its type
+        kinds.setdefault(kind, table)
     if {"ids", "names"} <= kinds.keys():
         raise ManifestError(
             f"expected labels of one kind in column {column!r}, got integers in {kinds['ids']!r} and strings in "
             f"{kinds['names']!r}; give them one type"
         )
-    return labels.cast(kind).cast(pa.string()), next((one for one in _BY_RANK if one in kinds), "text")
+    return labels.cast(type_).cast(pa.string()), next((one for one in _BY_RANK if one in kinds), kind)
 
 
 def absolute(names: pa.Array, root: str | None, table: str) -> pa.Array:

@@ -59,7 +59,7 @@ class Geometry:
         _check_range("scale", config.scale, above=0, most=1)
         _check_range("ratio", config.ratio, above=0)
         _check_range("sides", config.sides, above=_SCALE_SIZE - 1)
-        smallest = min([config.size, *(size for _, size in config.progressive)])
+        smallest = min(sizes(config))
         if config.crop == "pad" and config.padding >= smallest:
             raise ConfigError(f"augment.padding: expected less than the size, {smallest}, got {config.padding}")
         self._config = config

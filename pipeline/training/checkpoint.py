@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the states of one run, keeps the last ones and the best ones by top-1 accuracy; one per run, on rank 0.
+    """Writes the states of one run, keeps the last ones and the best ones by top-1 accuracy; rank 0 does the writing.
 
     `since` is the step that the run goes on from. Later checkpoints that are there by then are damaged, or were gone
     back from, and go with the first that is written; those that come later are a twin's, and stay.
     """
 
-    def __init__(self, run_uri: str, config: CheckpointConfig, since: int = 0) -> None:
+    def __init__(self, run_uri: str, config: CheckpointConfig, *, since: int) -> None:
         self._run_uri, self._config = run_uri, config
         self._gone_back_from = {step for step in list_steps(run_uri) if step > since}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -164,8 +164,10 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _steps_have_milestones(self) -> Self:
-        if (self.kind == "step") != bool(self.milestones):
-            raise ValueError(f"expected milestones with kind step, and with it alone, got {self.milestones}")
+        if self.kind == "step" and not self.milestones:
+            raise ValueError("expected milestones with kind step, got none")
+        if self.kind != "step" and self.milestones:
+            raise ValueError(f"expected milestones [] with kind {self.kind}, got {self.milestones}")
         return self
 
 

@@ -96,8 +96,10 @@ class Counts:
 
 
 def to_entries(confusion: IntArray) -> dict[str, torch.Tensor]:
-    """What is not zero in a confusion, for a checkpoint: int64 `truths`, `answers` and `counts`. Of many classes it is
-    little beside C×C, and at most one for each image."""
+    """What is not zero in a confusion, for a checkpoint: int64 `truths`, `answers` and `counts`.
+
+    Of many classes it is little beside C×C: at most an entry for each image.
+    """
     truths, answers = np.nonzero(confusion)
     columns = {"truths": truths, "answers": answers, "counts": confusion[truths, answers]}
     return {name: torch.from_numpy(column) for name, column in columns.items()}

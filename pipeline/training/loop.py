@@ -36,9 +36,9 @@ NUM_HARDEST = 24
 
 
 def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_set: TrainingSet) -> bool:
-    """Train from the run's last checkpoint, or from the start, to the end; whether the end was reached.
+    """Train from the run's last checkpoint, or from the start, to the end; whether all steps are done.
 
-    It is not where a notice asks for a stop; what was done is then in a checkpoint. Every rank calls it. Raises, on
+    They are not where a notice asks for a stop; what was done is then in a checkpoint. Every rank calls it. Raises, on
     every rank, RunError for a loss that is no number or too many unusable images; on the rank that meets it,
     StorageError where a checkpoint cannot be written or the evaluation's images cannot be read.
     """
@@ -80,17 +80,14 @@ def refuse_impossible(run: TrainingRun, train_set: TrainingSet) -> None:
     them where a network cannot be made without.
     """
     augment.Geometry(run.config.augment, run.preprocessing)
+    worker = replace(Worker(), device=torch.device("meta"))
     try:
-        trainee = _make_trial(run, torch.device("meta"), train_set)
+        with worker.device if run.start_uri is None else nullcontext():
+            trainee = Trainee(run, worker, train_set)
     except NotImplementedError:  # torchvision's RegNets compute with tensors while they are made
-        trainee = _make_trial(run, torch.device("cpu"), train_set)
+        trainee = Trainee(run, worker, train_set)
     for size in sorted({*augment.sizes(run.config.augment), run.preprocessing.crop_size}):
         trainee.refuse_size(size)
-
-
-def _make_trial(run: TrainingRun, device: torch.device, train_set: TrainingSet) -> "Trainee":
-    with device if run.start_uri is None else nullcontext():
-        return Trainee(run, replace(Worker(), device=device), train_set)
 
 
 def _go_on(run: TrainingRun, worker: Worker, trainee: "Trainee", log: Logbook) -> None:
@@ -163,7 +160,8 @@ class Trainee:
         images, targets = self._augment(pixels, labels, batch.draws, seed)
         images = images.to(memory_format=torch.channels_last)
         totals = torch.zeros(3, dtype=torch.float64, device=self._worker.device)
-        num_parts = min(self._run.config.optimizer.accumulation_steps, max(len(images), 1))
+        most_parts = max(batch.num_global // self._worker.world_size, 1)  # the same on every rank
+        num_parts = min(self._run.config.optimizer.accumulation_steps, most_parts)
         parts = zip(*(tensor.tensor_split(num_parts) for tensor in (images, targets, labels, weights)), strict=True)
         for number, part in enumerate(parts, start=1):
             with self._synchronised(number == num_parts):
@@ -182,7 +180,8 @@ class Trainee:
 
     def refuse_size(self, size: int) -> None:
         """Raise ConfigError where the network cannot take images of that side."""
-        refuse_size(self._network, size, self._worker.device)
+        remedy = "change augment.size, augment.progressive or evaluation.preprocessing, or the architecture"
+        refuse_size(self._network, size, self._worker.device, remedy)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -207,8 +206,8 @@ class Trainee:
         kept: list[Tensor] | None = None
         if len(images) == 0:  # a rank without images still takes part in the others' sums, but learns nothing
             size = images.shape[1:]
-            images, targets = images.new_zeros(1, *size), targets.new_zeros(1, *targets.shape[1:])
-            labels, weights = labels.new_zeros(1), weights.new_zeros(1)
+            images, targets = images.new_zeros(2, *size), targets.new_zeros(2, *targets.shape[1:])  # norms want two
+            labels, weights = labels.new_zeros(2), weights.new_zeros(2)
             kept = [buffer.clone() for buffer in self._network.buffers()]
         with torch.autocast(self._worker.device.type, self._precision, enabled=self._precision is not None):
             logits, _ = self._replica(images)

@@ -24,6 +24,7 @@ from pipeline.training.protocol import Protocol
 from pipeline.training.run import MAY_CHANGE, TrainingRun
 
 Facts = dict[str, Any]
+_NOT_OF_THE_WEIGHTS = {field: what for field, what in MAY_CHANGE.items() if field not in ("name", "version")}
 
 
 def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
@@ -90,7 +91,7 @@ def _origin(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, JsonValue
         "train_digest": run.train_digest,
         "evaluation_digest": run.evaluation_digest,
         "start_digest": run.start_digest,
-        "config": run.config.model_dump(mode="json", exclude=MAY_CHANGE),
+        "config": run.config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS),
     }
 
 

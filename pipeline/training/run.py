@@ -121,7 +121,8 @@ def make_run(config: TrainConfig) -> TrainingRun:
     if not goes_on(run) and config.version in registry.list_versions(config.registry, config.name):
         raise ConfigError(f"version: {config.name}/{config.version} is published already; choose a new one")
     _refuse_missing_packages(config)
-    _refuse_idle(run)
+    if not goes_on(run):
+        _refuse_idle(run)
     if config.batch_size > run.num_images:
         raise ConfigError(
             f"batch_size: expected at most the {run.num_images} images of the set, got {config.batch_size}"
@@ -192,11 +193,11 @@ def _refuse_idle(run: TrainingRun) -> None:
         raise ConfigError(
             f"ema.every_steps: expected at most the {run.num_steps} steps of the training, got {config.ema.every_steps}"
         )
-    warmup = config.schedule.warmup * (run.steps_per_epoch if config.schedule.unit == "epochs" else 1)
-    if warmup > run.num_steps:
+    steps_per_unit = run.steps_per_epoch if config.schedule.unit == "epochs" else 1
+    if config.schedule.warmup * steps_per_unit > run.num_steps:
         raise ConfigError(
-            f"schedule.warmup: expected at most the training's {run.num_steps} steps, got {warmup:g}: its learning "
-            "rate would never be reached"
+            f"schedule.warmup: expected at most the training's {run.num_steps / steps_per_unit:g} "
+            f"{config.schedule.unit}, got {config.schedule.warmup:g}: its learning rate would never be reached"
         )
 
 

@@ -122,6 +122,7 @@ def test_labels_of_one_kind_in_many_tables_keep_it_and_of_two_are_refused(tmp_pa
     made = write_manifest(fresh(), TableSource(str(tmp_path), label_column="label"), shard_size=2)
     assert made.classes == ["3", "cat"]
     write_table(tmp_path / "d.parquet", pa.table({"uri": ["s3://b/4"], "label": [3]}))
+    write_table(tmp_path / "0.parquet", pa.table({"uri": ["s3://b/0"], "label": pa.nulls(1, pa.string())}))
     expected = r"integers in '.*/d\.parquet' and strings in '.*/a\.parquet'"
     with pytest.raises(ManifestError, match=expected):
         write_manifest(fresh(), TableSource(str(tmp_path), label_column="label"), shard_size=2)

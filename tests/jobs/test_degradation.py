@@ -84,6 +84,7 @@ def test_a_net_that_fails_stops_those_beside_it_and_those_to_come(root, monkeypa
         for _ in range(10_000):  # and tells nothing, as one that waits for a full cluster
             look_out()
             time.sleep(0.01)
+        seen.append("was not stopped")
 
     monkeypatch.setattr("pipeline.training.trainer.run_training", run_training)
     progress = TrainingProgress(num_steps=300, interval_s=60)

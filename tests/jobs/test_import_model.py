@@ -129,7 +129,7 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(
 
 def test_a_crop_that_the_network_cannot_take_is_refused_and_nothing_written(fields: dict[str, Any], tmp_path: Path):
     torch.save(build("alexnet", 3).state_dict(), tmp_path / "checkpoint.pth")
-    with pytest.raises(ConfigError, match="got images of 32 by 32 pixels"):
+    with pytest.raises(ConfigError, match="takes images of 32 by 32 pixels"):
         main(ImportConfig(**fields | {"architecture": {"name": "alexnet"}}))
     assert not Path(fields["registry"]).exists()
 

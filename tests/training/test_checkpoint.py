@@ -27,7 +27,7 @@ def state_at(step: int, *top1: float) -> dict[str, Any]:
 
 
 def write_all(uri: str, states: list[dict[str, Any]], **fields: Any) -> None:
-    writer = CheckpointWriter(uri, CheckpointConfig(**fields))
+    writer = CheckpointWriter(uri, CheckpointConfig(**fields), since=max(list_steps(uri), default=0))
     for state in states:
         writer.write(state)
     writer.wait()
@@ -69,7 +69,7 @@ def test_a_state_is_the_one_of_its_moment_though_training_goes_on(monkeypatch):
 
     monkeypatch.setattr(torch, "save", slow_save)
     uri, state = fresh(), state_at(10, 0.5)
-    writer = CheckpointWriter(uri, CheckpointConfig())
+    writer = CheckpointWriter(uri, CheckpointConfig(), since=0)
     writer.write(state)
     assert list_steps(uri) == []  # training has its time back before anything is there
     state["network"]["weight"] += 1
@@ -92,7 +92,7 @@ def test_a_networks_state_keeps_its_version_which_some_networks_insist_on():
 
 def test_storage_that_refuses_says_which_checkpoint_and_what_to_do(tmp_path):
     (tmp_path / "checkpoints").write_bytes(b"a file where the folder should be")
-    writer = CheckpointWriter(f"file://{tmp_path}", CheckpointConfig())
+    writer = CheckpointWriter(f"file://{tmp_path}", CheckpointConfig(), since=0)
     writer.write(state_at(10))
     expected = r"checkpoint 'file://.*/000000010\.pt' of \d{3,} bytes cannot be written: .*run again with --resume auto"
     with pytest.raises(StorageError, match=expected):
@@ -102,7 +102,7 @@ def test_storage_that_refuses_says_which_checkpoint_and_what_to_do(tmp_path):
 
 def test_a_failure_is_told_by_the_next_write(tmp_path):
     (tmp_path / "checkpoints").write_bytes(b"")
-    writer = CheckpointWriter(f"file://{tmp_path}", CheckpointConfig())
+    writer = CheckpointWriter(f"file://{tmp_path}", CheckpointConfig(), since=0)
     writer.write(state_at(10))
     with pytest.raises(StorageError, match="make room or give access"):
         writer.write(state_at(20))

@@ -375,7 +375,7 @@ def test_a_logbook_goes_on_from_a_checkpoint_as_if_nothing_had_been():
 
     run, uri = run_of(data={"max_error_rate": 0.04}), fresh()
     before = first_half(Logbook(run, Worker()))
-    writer = CheckpointWriter(uri, CheckpointConfig())
+    writer = CheckpointWriter(uri, CheckpointConfig(), since=0)
     writer.write({"step": 1, **before.state()})
     writer.wait()
     after = Logbook(run, Worker())

@@ -214,10 +214,10 @@ def test_several_ranks_equal_one_at_the_same_global_batch(root, world_size):
         ({"augment": {"crop": "scale", "sides": (64, 48)}}, r"augment\.sides"),
         ({"augment": {"crop": "pad", "size": 4, "padding": 4}}, r"augment\.padding"),
         ({"compute": {"sync_batch_norm": True}}, r"compute\.sync_batch_norm: expected GPUs"),
-        ({"architecture": {"name": "vit_b_16"}}, "a size that the network takes, got images of 32 by 32 pixels"),
+        ({"architecture": {"name": "vit_b_16"}}, "expected a network that takes images of 32 by 32 pixels"),
         (
             {"architecture": {"name": "alexnet"}, "augment": {"size": 224, "progressive": [(0.5, 16)]}},
-            "got images of 16 by 16 pixels",
+            "takes images of 16 by 16 pixels",
         ),
         ({"architecture": {"name": "mobilenet_v2"}, "start": {"zero_init_last_norm": True}}, "zero_init_last_norm"),
     ],

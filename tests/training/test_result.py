@@ -52,7 +52,7 @@ def weights_of(run: TrainingRun, value: float) -> dict[str, torch.Tensor]:
 
 def leave_states(run: TrainingRun, top1: dict[int, float], *, with_ema: bool = False) -> None:
     """Checkpoints as a training leaves them that was judged so; the weights of a step are its number."""
-    writer = CheckpointWriter(run.uri, CheckpointConfig(keep_last=2, keep_best=1))
+    writer = CheckpointWriter(run.uri, CheckpointConfig(keep_last=2, keep_best=1), since=0)
     evaluations: list[dict[str, Any]] = []
     for step, value in top1.items():
         figures = {"top1": value, "top5": 1.0, "loss": 1 - value, "num_images": 20, "num_errors": 0}
@@ -159,7 +159,7 @@ def test_a_run_that_was_killed_before_its_last_evaluation_is_not_published(run, 
     assert is_finished(run, state)
     state["evaluations"].pop()
     assert not is_finished(run, state)
-    writer = CheckpointWriter(run.uri, CheckpointConfig())
+    writer = CheckpointWriter(run.uri, CheckpointConfig(), since=6)
     writer.write(state)
     writer.wait()
     with pytest.raises(RunError, match="expected 12 steps to be done and judged, found 12 done"):

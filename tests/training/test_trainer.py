@@ -1,5 +1,7 @@
 """How many workers there are, and of what size, on clusters of all shapes; and what is told of their end."""
 
+from functools import partial
+
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -51,7 +53,11 @@ def test_without_lanes_there_may_be_as_many_workers_as_fit():
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_training_on_a_full_cluster_says_what_it_waits_for(full_cluster, caplog):
-    assert run_workers(lambda worker: worker.rank + 7, Workers(1, 1, 1, False), name="waited", max_failures=0) == 7
+    looks: list[int] = []
+    workers, look_out = Workers(1, 1, 1, False), partial(looks.append, 1)
+    answer = run_workers(lambda worker: worker.rank + 7, workers, name="waited", max_failures=0, look_out=look_out)
+    assert answer == 7
+    assert len(looks) > 2  # though nothing was told
     assert "not begun within 2 s: 1 workers of 1 CPU each; free" in caplog.text
 
 
