@@ -7,14 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote_plus
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.sources import IMAGE_SCHEMA, Filters, readable, require_columns, to_strings
+from pipeline.data.sources import IMAGE_SCHEMA, Filters, LabelKind, readable, require_columns, to_strings
 from pipeline.data.uri_table import gunzipped, stream_csv, stream_parquet
 from pipeline.errors import ManifestError
 
@@ -38,7 +38,7 @@ class InventorySource:
     uri: str
     filters: Filters = field(default_factory=Filters)
     is_packed: bool = field(default=False, init=False)
-    label_kind: Literal["names", "ids", "text"] = field(default="names", init=False)
+    label_kind: LabelKind = field(default="names", init=False)
 
     def __post_init__(self) -> None:
         self.uri = storage.normalise(self.uri)

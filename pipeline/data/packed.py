@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,12 +23,13 @@ from pipeline.data.sources import (
     LISTED_ROWS,
     TABLE_ROWS,
     Filters,
+    LabelKind,
     parts,
     readable,
     require_columns,
     to_strings,
 )
-from pipeline.data.uri_table import LabelKind, label_text
+from pipeline.data.uri_table import label_text
 from pipeline.errors import ManifestError
 
 PLACE_SCHEMA = pa.schema(
@@ -112,7 +113,7 @@ class WebDatasetSource:
     uri: str
     filters: Filters = field(default_factory=Filters)
     is_packed: bool = field(default=True, init=False)
-    label_kind: Literal["names", "ids", "text"] = field(default="text", init=False)
+    label_kind: LabelKind = field(default="text", init=False)
 
     def __post_init__(self) -> None:
         self.uri = storage.normalise(self.uri)

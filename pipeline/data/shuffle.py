@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest
-from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS
+from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, LabelKind
 from pipeline.data.spool import hash_uris
 from pipeline.errors import ManifestError
 
@@ -38,7 +38,7 @@ class ShuffledSource:
     manifest: Manifest
     seed: int
     is_packed: bool = field(default=False, init=False)
-    label_kind: Literal["names", "ids", "text"] = field(default="ids", init=False)
+    label_kind: LabelKind = field(default="ids", init=False)
     skipped: Counter[str] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:

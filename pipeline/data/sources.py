@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -32,6 +32,9 @@ IMAGE_SCHEMA = pa.schema(
 )
 
 
+LabelKind: TypeAlias = Literal["names", "ids", "text"]
+
+
 class Source(Protocol):
     """A stream of images; `skipped` and `label_kind` are complete once `batches` has ended.
 
@@ -40,7 +43,7 @@ class Source(Protocol):
     """
 
     is_packed: bool
-    label_kind: Literal["names", "ids", "text"]
+    label_kind: LabelKind
 
     @property
     def skipped(self) -> Counter[str]: ...
@@ -110,7 +113,7 @@ class PrefixSource:
     filters: Filters = field(default_factory=Filters)
     labels: Literal["none", "folders"] | dict[str, str] = "none"
     is_packed: bool = field(default=False, init=False)
-    label_kind: Literal["names", "ids", "text"] = field(default="text", init=False)
+    label_kind: LabelKind = field(default="text", init=False)
 
     def __post_init__(self) -> None:
         self.prefix = storage.normalise(self.prefix)

@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal, TypeAlias, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,10 +14,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, parts, readable, require_columns
+from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, LabelKind, parts, readable, require_columns
 from pipeline.errors import ManifestError
 
-LabelKind: TypeAlias = Literal["names", "ids", "text"]
 _BY_RANK: tuple[LabelKind, ...] = ("names", "text", "ids")  # what labels of several kinds are
 
 
