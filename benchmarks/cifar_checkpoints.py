@@ -5,7 +5,8 @@
 DATA holds `cifar10-jpeg.tar.gz` and `cifar10-resnet-weights.tar`; the store is an empty prefix. Uploads, then runs the
 jobs as a user would, printing each command: manifest, import_model four times, one predict, verify. The errors come
 from the predictions table joined with the manifest's labels; exits 1 where one is further than TOLERANCE off. In
-float32 the networks run as they are, otherwise compiled: what is lost by it is the difference.
+float32 the networks run as they are, otherwise compiled: what is lost by it is the difference. Without VNNI, int8 needs
+`--min-cosine 0.998`.
 """
 
 import argparse
@@ -40,10 +41,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the two archives")
     parser.add_argument("--store", required=True, help="URI of an empty prefix")
     parser.add_argument("--precision", choices=["float32", "bfloat16", "int8"], default="float32")
+    parser.add_argument("--min-cosine", default="0.999", help="embeddings' with float32's, below which none is run")
     arguments = parser.parse_args()
     store = storage.normalise(arguments.store)
     seconds = {"upload": upload(arguments.data, store)}
-    summary = run_jobs(store, seconds, arguments.precision)
+    summary = run_jobs(store, seconds, arguments.precision, arguments.min_cosine)
     errors = measure_errors(store, summary["run_id"])
     print("| bundle | test error | expected |\n|---|---|---|")
     for model, error in errors.items():
@@ -75,7 +77,9 @@ def members(archive: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
                 yield member.name.removeprefix(prefix), file.read()
 
 
-def run_jobs(store: str, seconds: dict[str, float], precision: str = "float32") -> dict[str, Any]:
+def run_jobs(
+    store: str, seconds: dict[str, float], precision: str = "float32", min_cosine: str = "0.999"
+) -> dict[str, Any]:
     """Manifest, imports, one predict over all bundles, verify; predict's summary. Adds the `seconds` of each."""
     images, manifest, registry, tables = (
         storage.join(store, name) for name in ("images", "manifest", "registry", "tables")
@@ -89,7 +93,8 @@ def run_jobs(store: str, seconds: dict[str, float], precision: str = "float32") 
     places = ("--manifest", manifest, "--registry", registry, "--output", tables)
     compiled = "never" if precision == "float32" else "always"
     computed = ("--compute.precision", precision, "--compute.compile", compiled)
-    summary = run_job("predict", seconds, *places, *bundles, *computed)
+    agreeing = ("--compute.agreement.min_cosine", min_cosine)
+    summary = run_job("predict", seconds, *places, *bundles, *computed, *agreeing)
     run_job("verify", seconds, "--output", tables, "--run_id", summary["run_id"])
     return summary
 

@@ -93,7 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="which of them run")
-    parser.add_argument("--int8", action="store_true", help="ours in 8-bit integers too, on CPUs with AVX-512 VNNI")
+    parser.add_argument("--int8", action="store_true", help="ours in 8-bit integers too, on x86 CPUs")
     parser.add_argument("--daft-python", help="interpreter that has daft; without it daft_loop is left out")
     parser.add_argument("--store", help="URI of an empty prefix, for the set as loose objects and as packed shards")
     parser.add_argument("--shard-size", type=int, default=250, help="images in a shard")

@@ -103,8 +103,8 @@ class ComputeConfig(Section):
     precision: AskedPrecision = "auto"
     """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
     it, float32 elsewhere. Name one where the outputs of several runs are compared, as embeddings are. int8: faster
-    again on CPUs with AVX-512 VNNI, at some cost in accuracy; the agreement tells how much. With compile always, and
-    the package torchao where it compiles."""
+    again on x86 CPUs, at some cost in accuracy; the agreement tells how much. With compile always, and the package
+    torchao where it compiles."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Run networks compiled ahead of time, kept beside the bundle and made on first use. auto: in runs of at least
     5,000 images with bundles from the registry, and where it cannot be done or agrees too little with float32, not;
