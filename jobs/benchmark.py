@@ -17,7 +17,7 @@ from pydantic import Field
 
 from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Node, connected_ray
+from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, start_here
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of
@@ -107,7 +107,7 @@ def measure_stages(
         return _measure(run, shards, layout.num_actors, actor, STAGES)
     num_cpus = pools_of(layout, nodes)[0].size
     on_cpus: tuple[Stage, ...] = ("fetch",) if "decode" in layout.stages_on_gpu else ("fetch", "decode")
-    of_cpus = _measure(run, shards, num_cpus, {"num_cpus": 1}, on_cpus)
+    of_cpus = _measure(run, shards, num_cpus, {"num_cpus": 1, "num_gpus": 0}, on_cpus)
     every = math.ceil(len(shards) / (layout.num_actors * _SHARDS_TO_AN_ACTOR))
     some = shards[::every]  # from all over the set
     return {**_measure(run, some, layout.num_actors, actor, STAGES), **of_cpus}
@@ -121,11 +121,14 @@ def _measure(
 
     from pipeline.inference.stages import Stages
 
-    has_networks = "predict" in stages
-    start = ray.remote(Stages).options(**resources).remote
-    parts = [shards[first::num_processes] for first in range(min(num_processes, len(shards)))]
-    processes = [start(run, part, with_networks=has_networks) for part in parts]
-    ray.get([process.__ray_ready__.remote() for process in processes])
+    witness, start = start_here(Witness), ray.remote(Stages).options(**resources).remote
+    parts = {f"process {first}": shards[first::num_processes] for first in range(min(num_processes, len(shards)))}
+    processes = [
+        start(run, part, with_networks="predict" in stages, arrive=partial(arrive, witness, name))
+        for name, part in parts.items()
+    ]
+    with heard(witness, dict.fromkeys(parts, f"a process of {in_words(resources['num_cpus'], resources['num_gpus'])}")):
+        ray.get([process.__ray_ready__.remote() for process in processes])
     timed: dict[Stage, list[list[Timed]]] = {}
     for stage in stages:
         if stage == "predict":

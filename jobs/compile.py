@@ -18,12 +18,13 @@ from pipeline.cluster import (
     Device,
     Node,
     Witness,
+    arrive,
     choose_device,
     connected_ray,
     default_batch_size,
+    heard,
     in_words,
     start_here,
-    waiting_told,
 )
 from pipeline.config import JobConfig
 from pipeline.data.manifest import Manifest
@@ -78,7 +79,7 @@ def main(config: CompileConfig) -> dict[str, Any]:
         witness = start_here(Witness)
         asked = {"compile": f"a task of {in_words(config.cpus_per_actor, int(device == 'cuda'))}"}
         try:
-            with waiting_told(witness, asked):
+            with heard(witness, asked):
                 return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device, witness)))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
@@ -88,7 +89,7 @@ def main(config: CompileConfig) -> dict[str, Any]:
 
 def compile_here(config: CompileConfig, uri: str, device_type: Device, witness: Any) -> dict[str, Any]:
     """Compile the bundle at `uri` for this process's machine. Raises BundleError where it agrees too little."""
-    witness.arrive.remote("compile")
+    arrive(witness, "compile")
     import torch
 
     from pipeline.data.loader import sample_pixels

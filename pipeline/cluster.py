@@ -1,15 +1,18 @@
-"""The Ray cluster: joining one or starting one, what it offers, and saying so where it has nothing free.
+"""The Ray cluster: joining one or starting one, what it offers, and hearing from its workers, or that there are none.
 
 Ray is imported where it is used: who only asks for types need not wait for it.
 """
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ Device = Literal["cpu", "cuda"]
 NUM_STARTS = 3
 ANSWER_WITHIN_S = 10
 BEGIN_WITHIN_S = 50.0
+_LISTEN_EVERY_S = 5.0
+_MOST_WARNINGS = 20  # of a run; all of them are in Ray's files
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 logger = logging.getLogger(__name__)
@@ -164,14 +169,16 @@ def _children() -> set[int]:
     return pids
 
 
-# --- waiting ----------------------------------------------------------------------------------------------------------
+# --- hearing from workers ---------------------------------------------------------------------------------------------
 
 
 class Witness:
-    """Knows what kinds of workers have begun; an actor, or what an actor is besides."""
+    """Knows what kinds of workers have begun and what they warn of; an actor, or what an actor is besides."""
 
     def __init__(self) -> None:
         self._arrived: set[str] = set()
+        self._warnings: set[str] = set()
+        self._unheard: list[str] = []
 
     def arrive(self, kind: str) -> None:
         """A worker of this kind has begun."""
@@ -180,6 +187,40 @@ class Witness:
     def arrived(self) -> set[str]:
         """The kinds of which a worker has begun."""
         return self._arrived
+
+    def warn(self, text: str) -> None:
+        """Keep it for the driver, once, however many workers say it."""
+        if text not in self._warnings and len(self._warnings) < _MOST_WARNINGS:
+            self._warnings.add(text)
+            self._unheard.append(text)
+
+    def take_warnings(self) -> list[str]:
+        """Those kept since the last time."""
+        taken, self._unheard = self._unheard, []
+        return taken
+
+
+class _Forwarding(logging.Handler):
+    """Writes to standard error, which Ray keeps in its files, and to a `Witness`."""
+
+    def __init__(self, witness: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._witness = witness
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+        with contextlib.suppress(Exception):  # nobody is there to hear it
+            self._witness.warn.remote(record.getMessage())
+
+
+def arrive(witness: Any, kind: str) -> None:
+    """Tell a handle on a `Witness` that this worker has begun, and from now on what its process warns of."""
+    witness.arrive.remote(kind)
+    package = logging.getLogger("pipeline")
+    for handler in package.handlers[:]:
+        if isinstance(handler, _Forwarding):  # of a run that this process worked for before
+            package.removeHandler(handler)
+    package.addHandler(_Forwarding(witness))
 
 
 def start_here(actor: type, **options: Any) -> Any:
@@ -196,23 +237,28 @@ def start_here(actor: type, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def waiting_told(witness: Any, asked: Mapping[str, str]) -> Iterator[None]:
-    """While the block lasts, say so once where the cluster has not begun in time what was `asked` of it.
+def heard(witness: Any, asked: Mapping[str, str]) -> Iterator[None]:
+    """While the block lasts, say what workers warn of, and once, where the cluster has not begun in time what was
+    `asked` of it: Ray waits in silence for what is not free.
 
-    Ray waits in silence for what is not free. `witness` is a handle on a `Witness`; `asked` says in words, by the kinds
-    that arrive there, what resources they ask for.
+    `witness` is a handle on a `Witness`; `asked` says in words, by the kinds that arrive there, what resources they ask
+    for.
     """
     ended = threading.Event()
 
-    def watch() -> None:
-        if ended.wait(BEGIN_WITHIN_S):
-            return
+    def listen() -> None:
+        due = time.monotonic() + BEGIN_WITHIN_S
         with contextlib.suppress(Exception):  # the cluster is lost, or being left: others tell that
-            message = _still_waiting(witness, asked)
-            if message and not ended.is_set():
-                logger.warning(message)
+            while True:
+                is_last = ended.wait(min(_LISTEN_EVERY_S, BEGIN_WITHIN_S))
+                _pass_on_warnings(witness)
+                if is_last:
+                    return
+                if time.monotonic() >= due:
+                    due = math.inf
+                    _tell_what_waits(witness, asked)
 
-    thread = threading.Thread(target=watch, name="waiting", daemon=True)
+    thread = threading.Thread(target=listen, name="listening", daemon=True)
     thread.start()
     try:
         yield
@@ -221,17 +267,23 @@ def waiting_told(witness: Any, asked: Mapping[str, str]) -> Iterator[None]:
         thread.join(1.0)  # a cluster that is lost may never answer it
 
 
-def _still_waiting(witness: Any, asked: Mapping[str, str]) -> str | None:
+def _pass_on_warnings(witness: Any) -> None:
     import ray
 
-    if not ray.is_initialized():  # asking now would start another
-        return None
+    for text in ray.get(witness.take_warnings.remote()) if ray.is_initialized() else []:  # else it would start another
+        logger.warning(text)
+
+
+def _tell_what_waits(witness: Any, asked: Mapping[str, str]) -> None:
+    import ray
+
     missing = asked.keys() - ray.get(witness.arrived.remote())
     if not missing:
-        return None
-    free = ray.available_resources()
-    return (
-        f"not begun within {BEGIN_WITHIN_S:.0f} s: {', '.join(asked[kind] for kind in sorted(missing))}; free in the "
+        return
+    free, words = ray.available_resources(), Counter(asked[kind] for kind in sorted(missing))
+    logger.warning(
+        f"not begun within {BEGIN_WITHIN_S:.0f} s: "
+        f"{', '.join(f'{number} times {text}' if number > 1 else text for text, number in words.items())}; free in the "
         f"cluster now: {in_words(free.get('CPU', 0), free.get('GPU', 0))}. Waiting goes on; where other jobs hold what "
         "is missing, stop these or ask for less"
     )

@@ -1,5 +1,6 @@
 """Joining a Ray cluster or starting one, and being told where it has nothing free."""
 
+import logging
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.cluster import Witness, connected_ray, in_words, start_here, waiting_told
+from pipeline.cluster import Witness, arrive, connected_ray, heard, in_words, start_here
 from pipeline.errors import ConfigError, RunError
 
 
@@ -94,7 +95,7 @@ def test_work_that_waits_for_a_full_cluster_is_told_and_work_that_has_begun_is_n
 
     def told(within_s: float) -> str:
         caplog.clear()
-        with waiting_told(witness, asked):
+        with heard(witness, asked):
             deadline = time.monotonic() + within_s
             while not caplog.text and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -107,10 +108,24 @@ def test_work_that_waits_for_a_full_cluster_is_told_and_work_that_has_begun_is_n
     assert told(2) == ""
 
 
+@pytest.mark.ray
+def test_what_workers_warn_of_is_said_once_by_the_driver(local_ray: None, caplog: pytest.LogCaptureFixture) -> None:
+    def work(witness: Any) -> None:
+        arrive(witness, "tasks")
+        logging.getLogger("pipeline.somewhere").warning("of %s bits", 16)
+        logging.getLogger("pipeline.somewhere").info("not of interest")
+        ray.get(witness.arrived.remote())  # behind the warning
+
+    witness, task = start_here(Witness), ray.remote(work)
+    with heard(witness, {"tasks": "a task of 1 CPU"}):
+        ray.get([task.remote(witness) for _ in range(2)])
+    assert [record.getMessage() for record in caplog.records if record.name == "pipeline.cluster"] == ["of 16 bits"]
+
+
 def test_a_block_that_ends_in_time_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(cluster, "_still_waiting", lambda *arguments: asked.append(arguments))
-    with waiting_told(None, {}):
+    monkeypatch.setattr(cluster, "_tell_what_waits", lambda *arguments: asked.append(arguments))
+    with heard(None, {}):
         pass
     assert asked == []
 

@@ -11,6 +11,7 @@ operators import torch's compiler), and `torchvision.io` warns on every call tha
 import importlib.util
 import io
 import json
+import logging
 import multiprocessing.connection
 import os
 import re
@@ -18,6 +19,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,7 +47,10 @@ _MAGIC = re.compile(
 )
 _HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 _JPEG = b"\xff\xd8\xff"
+ISOLATED_TIMEOUT_S = 60.0
 RGB = 3  # torchvision.io.ImageReadMode.RGB
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeOptions(TypedDict):
@@ -223,6 +229,43 @@ def _as_refusal(error: Exception) -> ImageError:
 # --- a process to risk -----------------------------------------------------------------------------------------------
 
 
+class WatchedDecoder:
+    """Decodes as `decode` does, in any number of threads, and ends its process where an image takes too long.
+
+    A decoder that is at work cannot be stopped otherwise: a JPEG of a megabyte can hold so many scans that it takes an
+    hour. Whoever started the process tries again, with an `IsolatedDecoder`. A context manager.
+    """
+
+    def __init__(self, *, timeout_s: float = 2 * ISOLATED_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._begun: dict[int, float] = {}  # by thread: when the image it is at was begun
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="watch-decoding", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def decode(self, data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
+        """The same pixels and refusals as `decode`."""
+        thread = threading.get_ident()
+        self._begun[thread] = time.monotonic()
+        try:
+            return decode(data, max_pixels=max_pixels, shrink_to=shrink_to)
+        finally:
+            del self._begun[thread]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._timeout_s / 10):
+            now = time.monotonic()
+            if any(now - begun > self._timeout_s for begun in list(self._begun.values())):
+                logger.warning("an image takes more than %g s to decode: its process ends", self._timeout_s)
+                time.sleep(1)  # for the warning to arrive
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
 class IsolatedDecoder:
     """Decodes one image at a time in a child process, which a crash, a hang or the OOM killer may take.
 
@@ -230,7 +273,7 @@ class IsolatedDecoder:
     takes to import) and is replaced after its death; it ends with its parent, however that ends.
     """
 
-    def __init__(self, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, *, timeout_s: float = ISOLATED_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None
 

@@ -30,7 +30,8 @@ Row: TypeAlias = dict[str, npt.NDArray[np.generic]]
 class DecodedShard:
     """A shard that CPUs have decoded.
 
-    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×H×W×3 per preprocessing.
+    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×H×W×3 per preprocessing,
+    or nothing where that is too many bytes for tasks to hold, and the actor is to fetch and decode them.
     """
 
     shard: Shard
@@ -43,7 +44,9 @@ class DecodedShard:
     def gather(
         cls, shard: Shard, attempt: int, batches: Iterable[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
     ) -> "DecodedShard":
-        """Of the shard's images as one batch; of none where none decoded."""
+        """Of the shard's images as one batch; of none where none decoded. What is too much is not begun."""
+        if shard.num_images * sum(3 * each.crop_size**2 for each in preprocessings) > _MOST_BYTES:
+            return cls(shard, attempt, np.empty(0, np.int64), [], log)
         gathered = list(batches)
         if not gathered:
             empty = [np.empty((0, size, size, 3), np.uint8) for size in (each.crop_size for each in preprocessings)]

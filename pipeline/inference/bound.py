@@ -122,6 +122,10 @@ class Observed:
             self._ended.append(receipt.ended_at)
             yield receipt
 
+    @property
+    def num_shards(self) -> int:
+        return len(self._images)
+
     def working_s(self, num_workers: int) -> float:
         """Seconds from when the first `num_workers` shards were begun, on average, to when the last was done."""
         return max(self._ended) - float(np.mean(sorted(self._began)[:num_workers]))
@@ -201,23 +205,29 @@ def judge(costs: StageCosts, pools: Sequence[Pool], images_per_s: float) -> Verd
     return Verdict(stage, limit, images_per_s, wish)
 
 
-def judge_run(observed: Observed, layout: Layout, nodes: Sequence[Node]) -> Verdict:
-    """The verdict on a run, by its receipts alone.
+def judge_run(observed: Observed, layout: Layout, nodes: Sequence[Node]) -> Verdict | None:
+    """The verdict on a run, by its receipts alone; None where the nodes' clocks do not go together.
 
     Its bound is what its CPUs and GPUs would do were they never waiting, for bytes or for a CPU that others have, and
     never less than was reached: seconds of the wall make stages that overlap too dear, and what was done can be done.
     """
-    costs, pools = observed_costs(observed, layout), pools_of(layout, nodes)
-    reached = observed.images_per_s(workers_of(layout, nodes))
-    verdict = judge(costs, pools, reached)
+    costs, pools, workers = observed_costs(observed, layout), pools_of(layout, nodes), workers_of(layout, nodes)
+    reached = observed.images_per_s(workers)
     without_waiting = replace(costs, fetch=0.0)
     limit = min(pool.images_per_s(without_waiting) for pool in pools)
     if len(pools) == 1 and observed.seconds["cpu"]:
         limit = pools[0].size * observed.num_images / observed.seconds["cpu"]
     bound = max(reached, limit)
-    if verdict.binds == "fetch":
-        return Verdict("fetch", bound, reached, _wish_for_a_store("fetch", reached, bound / reached))
-    return replace(verdict, bound_images_per_s=bound)
+    if not 0 < reached <= bound < math.inf:
+        return None
+    verdict = judge(costs, pools, reached)
+    if observed.num_shards < workers:
+        advice = f"of {workers} workers {observed.num_shards} had a shard: smaller ones would keep more of them at work"
+    elif verdict.binds == "fetch":
+        advice = _wish_for_a_store("fetch", reached, bound / reached)
+    else:
+        advice = verdict.advice
+    return Verdict(verdict.binds, bound, reached, advice)
 
 
 def workers_of(layout: Layout, nodes: Sequence[Node]) -> int:

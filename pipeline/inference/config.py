@@ -99,7 +99,7 @@ class ComputeConfig(Section):
     decodes wants a C compiler on its node."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks fetch for the actors, and decode what
-    the actors' GPUs do not; for GPUs that decode they fetch shards of up to 512 MB."""
+    the actors' GPUs do not, where what they hand on of a shard is no more than 512 MB."""
     precision: AskedPrecision = "auto"
     """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
     it, float32 elsewhere. Name one where the outputs of several runs are compared, as embeddings are. int8: faster
@@ -157,6 +157,9 @@ class PredictConfig(JobConfig):
     """Which tables, and how."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
+    max_error_rate: float = Field(1.0, ge=0, le=1)
+    """Share of the images that may be rows of `errors` and of no other table; with more the run ends as a failure, its
+    tables whole as they are, so that nobody goes on with next to nothing."""
     compute: ComputeConfig = ComputeConfig()
     """Where the work runs."""
     dry_run: bool = False

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
-from pipeline.errors import ObjectNotFoundError
+from pipeline.errors import ObjectNotFoundError, RunError
 from pipeline.inference.bound import Observed, cpus_per_gpu, judge_run, observed_costs, pools_of, workers_of
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PredictConfig, PricesConfig
@@ -25,6 +25,7 @@ from pipeline.models import compiled
 from pipeline.telemetry import RunProgress
 
 _SAMPLE_IMAGES = 256  # per worker, in whole shards: some seconds' work
+_TRIAL_PREFIX = "estimate-"
 Work: TypeAlias = Callable[[Plan, Layout], Iterator[Receipt]]
 """Does the pending shards of a plan, as `flow.run_shards`."""
 
@@ -87,12 +88,14 @@ def estimate_run(plan: Plan, layout: Layout, nodes: Sequence[Node], config: Pred
 
     Raises what `work` raises, and StorageError.
     """
-    workers = workers_of(layout, nodes)
+    workers = min(workers_of(layout, nodes), plan.num_pending)  # more have nothing to do
     mean_images = sum(shard.num_images for shard in plan.pending_shards()) / plan.num_pending
     shards = choose_sample(plan, workers * math.ceil(_SAMPLE_IMAGES / mean_images))
-    scratch_uri = storage.join(plan.run.uri, f"estimate-{uuid4().hex[:12]}")
+    scratch_uri = storage.join(plan.run.uri, f"{_TRIAL_PREFIX}{uuid4().hex[:12]}")
     trial = try_shards(plan, layout, shards, scratch_uri, work, config.progress_interval_s)
     observed, rate = trial.observed, trial.observed.images_per_s(workers)
+    if not 0 < rate < math.inf:
+        raise RunError(f"expected a rate of the trial, got {rate:g} images/s: do the nodes' clocks go together?")
     start_up_s = max(0.0, trial.duration_s - trial.compile_s - observed.working_s(workers))
     rounds = math.ceil(plan.num_pending / workers)  # the last one may leave workers idle
     duration_s = start_up_s + rounds * workers * mean_images / rate
@@ -109,6 +112,13 @@ def estimate_run(plan: Plan, layout: Layout, nodes: Sequence[Node], config: Pred
     )
     storage.write(_estimate_uri(plan), estimate.model_dump_json(indent=1).encode())
     return estimate
+
+
+def sweep_trials(plan: Plan) -> None:
+    """Remove what trials of the run left that were killed."""
+    for name in storage.list_folders(plan.run.uri):
+        if name.startswith(_TRIAL_PREFIX):
+            storage.delete_folder(storage.join(plan.run.uri, name))
 
 
 def choose_sample(plan: Plan, num_shards: int) -> list[Shard]:
@@ -147,8 +157,8 @@ def outcome(
 ) -> dict[str, Any]:
     """For the summary: what bound the run, what it cost, and what had been foretold of it, where it was."""
     verdict = judge_run(observed, layout, nodes) if observed.num_images else None
-    if verdict is None or not (0 < verdict.images_per_s < math.inf and 0 < verdict.bound_images_per_s < math.inf):
-        return {}  # nothing was done, or the nodes' clocks do not go together
+    if verdict is None:
+        return {}
     return {
         "verdict": verdict.as_dict(),
         "cost": Cost.of(duration_s, observed.num_images, nodes, config.prices).model_dump(),

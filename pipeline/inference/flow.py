@@ -25,7 +25,7 @@ import ray
 import ray.data
 
 from pipeline import errors, storage
-from pipeline.cluster import Node, in_words, start_here, waiting_told
+from pipeline.cluster import Node, heard, in_words, start_here
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
@@ -33,7 +33,7 @@ from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
-from pipeline.inference.estimate import estimate_run, outcome
+from pipeline.inference.estimate import estimate_run, outcome, sweep_trials
 from pipeline.inference.layout import Form, Layout, choose_layout
 from pipeline.inference.plan import Model, Plan, make_plan, record_run
 from pipeline.inference.reconcile import reconcile
@@ -84,6 +84,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     tables = {name: storage.join(plan.run.output_uri, folder) for name, folder in folders.items()}
     for folder in (plan.run.uri, *tables.values()):
         storage.sweep_temporary_files(folder)
+    sweep_trials(plan)
     receipts = read_receipts(plan.run.uri, committed_shard_ids(plan.run.uri))
     totals = reconcile(plan.run, receipts, plan.run.output_uri, folders.values())
     duration_s = time.monotonic() - start
@@ -97,7 +98,15 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         **outcome(plan, layout, nodes, config, observed, duration_s),
         "tables": tables,
     }
-    storage.write(storage.join(plan.run.uri, "summary.json"), json.dumps(summary, indent=1).encode())
+    uri = storage.join(plan.run.uri, "summary.json")
+    if plan.num_pending or not storage.exists(uri):  # that of who did something says more
+        storage.write(uri, json.dumps(summary, indent=1).encode())
+    if totals.num_errors > config.max_error_rate * totals.num_images:
+        raise RunError(
+            f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "
+            f"(max_error_rate), {totals.num_errors} are; the errors table says why",
+            **{name: value for name, value in summary.items() if name != "status"},
+        )
     return summary
 
 
@@ -197,7 +206,7 @@ def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
     options: dict[str, Any] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
     try:
         size = in_words(layout.cpus_per_actor, layout.gpus_per_actor)
-        with waiting_told(attempts, {"compile": f"a task of {size}"}):
+        with heard(attempts, {"compile": f"a task of {size}"}):
             ray.get(ray.remote(compile_networks).options(**options).remote(plan.run, plan.manifest, attempts))
     except ray.exceptions.RayError as error:
         raise _failure(error) from error
@@ -219,11 +228,11 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
 def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, str]) -> Iterator[Receipt]:
     """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
 
-    `asked` is what the dataset asks of the cluster, as `waiting_told` takes it: one may have to wait for it.
+    `asked` is what the dataset asks of the cluster, as `cluster.heard` takes it: one may have to wait for it.
     Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.
     """
     try:
-        with waiting_told(attempts, asked):
+        with heard(attempts, asked):
             for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for text in batch["receipt"].to_pylist():
                     yield Receipt.from_json(text)

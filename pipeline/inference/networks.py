@@ -15,7 +15,7 @@ from pipeline.errors import BundleError, ObjectExistsError, ObjectNotFoundError,
 from pipeline.inference.plan import Model, Run
 from pipeline.models import compiled
 from pipeline.models.bundle import Bundle
-from pipeline.models.precision import Precision, precisions
+from pipeline.models.precision import Precision, precisions, warn_if_emulated
 
 
 class Choice(BaseModel):
@@ -97,13 +97,19 @@ def record_of(run: Run, manifest: Manifest, model: Model, precision: Precision) 
 
 def compiled_as_decided(run: Run, manifest: Manifest, model: Model, choice: Choice) -> compiled.Record:
     """The record of a model that the run decided to run compiled. Raises RunError where this machine cannot."""
+    import torch
+
+    warn_if_emulated(choice.precision, torch.device(run.device))  # decided on a node of another kind
     try:
         record = record_of(run, manifest, model, choice.precision)
         fault = record.agreement.fault(run.agreement)
     except BundleError as error:
         fault = str(error)
     if fault is not None:
-        raise RunError(f"{model.name}: the run began with {choice}, and this node cannot do that: {fault}")
+        raise RunError(
+            f"{model.name}: the run began with {choice}, and this node cannot do that: {fault}. Use nodes of one kind, "
+            "or compute.compile never with another run_id"
+        )
     return record
 
 

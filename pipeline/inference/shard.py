@@ -12,8 +12,8 @@ from itertools import chain, islice
 
 import torch
 
-from pipeline.data import images as image_data
 from pipeline.data.gpu_loader import GpuDecoder, Prepared, prepare
+from pipeline.data.images import IsolatedDecoder, WatchedDecoder
 from pipeline.data.loader import Batch, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.transforms import Preprocessing
@@ -115,11 +115,8 @@ def prepare_images(
 
 @contextmanager
 def _decoding(isolated: bool) -> Iterator[Callable[..., torch.Tensor]]:
-    if isolated:
-        with image_data.IsolatedDecoder() as decoder:
-            yield decoder.decode
-    else:
-        yield image_data.decode
+    with IsolatedDecoder() if isolated else WatchedDecoder() as decoder:
+        yield decoder.decode
 
 
 def predict_shard(

@@ -36,11 +36,14 @@ class _Held:
 class Stages:
     """One process's share of a run's shards, and its networks where it has any; heavy, so built where it runs.
 
-    `fetch`, `decode`, `predict` and `write` are called in this order, each over all the shards. Raises BundleError,
-    StorageError.
+    `fetch`, `decode`, `predict` and `write` are called in this order, each over all the shards; `arrive` before what
+    takes long. Raises BundleError, StorageError.
     """
 
-    def __init__(self, run: Run, shards: Sequence[Shard], *, with_networks: bool) -> None:
+    def __init__(
+        self, run: Run, shards: Sequence[Shard], *, with_networks: bool, arrive: Callable[[], None] = lambda: None
+    ) -> None:
+        arrive()
         self._run, self._manifest = run, Manifest.open(run.manifest_uri)
         self._predictor = Predictor(run, self._manifest) if with_networks else None
         self._preprocessings = distinct_preprocessings([Bundle.load(model.uri) for model in run.models])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import ray
 
+from pipeline.cluster import arrive
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
 from pipeline.inference import networks
@@ -38,7 +39,7 @@ class _Predicting:
     """An actor with the run's networks."""
 
     def __init__(self, run: Run, attempts: Any) -> None:
-        attempts.arrive.remote("actors")  # before what takes long
+        arrive(attempts, "actors")  # before what takes long
         from pipeline.inference.predictor import Predictor
 
         self._run, self._attempts = run, attempts
@@ -63,6 +64,10 @@ class _Predicting:
             decoder=self._decoder_at(attempt),
             pin_memory=self._predictor.uses_pinned_memory,
         )
+
+    def _load_with_idle_cpus(self, shard: Shard, attempt: int, log: "LoadLog") -> Iterator["Batch"]:
+        """Tasks that have handed nothing on leave them idle."""
+        return self._load(shard, attempt, log, min(_MOST_THREADS, os.cpu_count() or 1))
 
     def _predict(self, shard: Shard, batches: Iterable["Batch"], log: "LoadLog", attempt: int) -> Row:
         from pipeline.inference.shard import predict_shard
@@ -104,9 +109,14 @@ class PredictDecoded(_Predicting):
         from pipeline.inference.blocks import DecodedShard
 
         decoded = DecodedShard.from_row(rows)
-        with attempting(self._attempts, "predict", decoded.shard):
-            batches = decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory)
-            return self._predict(decoded.shard, batches, decoded.log, decoded.attempt)
+        shard, log = decoded.shard, decoded.log
+        with attempting(self._attempts, "predict", shard) as attempt:
+            if decoded.pixels:
+                batches = decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory)
+            else:
+                _say_that_shards_are_too_large()
+                batches = self._load_with_idle_cpus(shard, attempt, log)
+            return self._predict(shard, batches, log, max(attempt, decoded.attempt))
 
 
 def prepare_shard(rows: Row, run: Run, attempts: Any) -> Row:
@@ -136,24 +146,23 @@ class PredictPrepared(_Predicting):
             decoder = self._decoder_at(attempt)
             if prepared.images is None:
                 _say_that_shards_are_too_large()
-            if decoder is None or prepared.images is None:
-                num_threads = min(_MOST_THREADS, os.cpu_count() or 1)  # tasks that hand on nothing leave CPUs idle
-                batches = self._load(shard, attempt, log, num_threads)
-            else:
+            if decoder is not None and prepared.images is not None:
                 batches = decoder.batches(prepared.images, batch_size=self._run.batch_size, log=log)
+            else:
+                batches = self._load_with_idle_cpus(shard, attempt, log)
             return self._predict(shard, batches, log, max(attempt, prepared.attempt))
 
 
 def compile_networks(run: Run, manifest: Manifest, attempts: Any) -> None:
     """A task that compiles a run's networks before its actors start. Raises BundleError where it must and cannot."""
-    attempts.arrive.remote("compile")
+    arrive(attempts, "compile")
     networks.decide(run, manifest)
 
 
 @cache  # once in a process
 def _say_that_shards_are_too_large() -> None:
     logger.warning(
-        "shards are too large for tasks to fetch: an actor does, more slowly; make a manifest of smaller ones"
+        "shards are too large for tasks to hand on: actors fetch them, more slowly; make a manifest of smaller ones"
     )
 
 
@@ -191,16 +200,16 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
     """
     with ExitStack() as room:
         room.enter_context(_room.beside_others())
-        attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id))
+        attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id, _node_id()))
         if attempt > 1:
             room.close()
             room.enter_context(_room.alone())
-            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id, is_alone=True))
+            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id, _node_id(), is_alone=True))
         if attempt > MAX_DEATHS:
             raise RunError(
                 f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
-                "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller batches, a lower "
-                "images.fetch_concurrency, fewer actors) or lost nodes, then run again"
+                "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller shards or batches, "
+                "a lower images.fetch_concurrency, fewer actors), then run again"
             )
         yield attempt
         attempts.end.remote(stage, shard.shard_id)

@@ -7,6 +7,7 @@ The key is the digest of all that the code depends on (`Target`), so that one ma
 or for another batch size is never found. Torch is not needed to find one; `compiler` makes and runs them.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -99,16 +100,18 @@ def is_recorded(
     return any(
         wanted == (target.bundle_digest, target.device, target.batch_size, target.num_threads, target.software)
         for target in (record.target for record in records(bundle_uri))
-        if precision in ("auto", target.precision)
+        if precision == target.precision or (precision == "auto" and target.precision != "int8")
     )
 
 
 def records(bundle_uri: str) -> Iterator[Record]:
-    """Of every compilation of the bundle. Raises BundleError for a damaged one."""
+    """Of every compilation of the bundle; but for those of other versions of this software, which it may not know."""
     for info in storage.list_objects(storage.join(storage.normalise(bundle_uri), "compiled")):
-        record = _read(info.uri) if info.uri.endswith(".json") else None
-        if record is not None:
-            yield record
+        if not info.uri.endswith(".json"):
+            continue
+        with contextlib.suppress(BundleError):
+            if record := _read(info.uri):
+                yield record
 
 
 def record_uri(bundle_uri: str, target: Target) -> str:

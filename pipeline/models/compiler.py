@@ -3,15 +3,18 @@
 A package is native code: who may write to a registry may run code where its bundles are used.
 """
 
+import contextlib
 import copy
+import fcntl
 import hashlib
 import io
 import logging
+import os
 import platform
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -58,13 +61,18 @@ def ensure(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None
     """The record of the bundle's compilation for `target`, which must be this machine's; compiles where there is none.
 
     `samples` gives preprocessed images, uint8 N×3×S×S, to measure the agreement on; without it, or where it gives none,
-    they are drawn, but not for int8, whose ranges are measured on half of them. Of several who compile at once the
-    first to end is right. Raises BundleError where it cannot be compiled here or the registry takes no writes,
-    StorageError where nothing can be read.
+    they are drawn, but not for int8, whose ranges are measured on half of them. Of several on this machine one compiles
+    and the others wait; of several machines the first to end is right. Raises BundleError where it cannot be compiled
+    here or the registry takes no writes, StorageError where nothing can be read.
     """
     record = find(bundle_uri, target)
     if record is not None:
         return record
+    with _alone_on_this_machine(target):
+        return find(bundle_uri, target) or _compile_and_keep(bundle_uri, target, samples)
+
+
+def _compile_and_keep(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None) -> Record:
     record, package = _compile(bundle_uri, target, samples)
     try:
         storage.write(package_uri(bundle_uri, record), package)
@@ -153,6 +161,15 @@ class _Whole(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         embedding = self.trunk(self._preprocessing.normalise(pixels).to(self._dtype)).float()
         return self.head(embedding), embedding
+
+
+@contextlib.contextmanager
+def _alone_on_this_machine(target: Target) -> Iterator[None]:
+    """Compilers take gigabytes each, and the processes of a run that find nothing compiled come all at once."""
+    path = Path(tempfile.gettempdir(), f"compiling-{target.key}-{os.getuid()}.lock")
+    with path.open("w") as file:  # left there: who waits for it has it open
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process
+        yield
 
 
 def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None) -> tuple[Record, bytes]:

@@ -44,7 +44,7 @@ def autocast_type(precision: AskedFloatPrecision, device: "torch.device") -> "to
     """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
-    _warn_if_emulated(precision, device)
+    warn_if_emulated(precision, device)
     return None if precision == "float32" else dtype_of(precision)
 
 
@@ -60,13 +60,14 @@ def has_fast_bfloat16(device: "torch.device") -> bool:
 def precisions(asked: AskedPrecision, device: "torch.device") -> list[Precision]:
     """What a compiled network may compute in on `device`, the fastest first."""
     if asked != "auto":
-        _warn_if_emulated(asked, device)
+        warn_if_emulated(asked, device)
         return [asked]
     return ["bfloat16", "float32"] if has_fast_bfloat16(device) else ["float32"]
 
 
 @cache  # once in a process
-def _warn_if_emulated(precision: Precision, device: "torch.device") -> None:
+def warn_if_emulated(precision: Precision, device: "torch.device") -> None:
+    """Say so where the device has no instructions for the precision."""
     if precision == "bfloat16" and device.type != "meta" and not has_fast_bfloat16(device):
         logger.warning(
             "bfloat16 was asked for, but this %s is not known to have instructions for it: emulated, it is slower than "

@@ -24,7 +24,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipeline.cluster import Node, in_words, start_here, waiting_told
+from pipeline.cluster import Node, arrive, heard, in_words, start_here
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import AccessDeniedError, ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
@@ -124,7 +124,7 @@ def run_workers(
         fitting = partial(_fit, being_workers, workers, name, max_failures, folder)
         fit = _in_a_thread(fitting)  # not on the main thread, where Ray Train would put in a signal handler of its own
         try:
-            with waiting_told(bulletin, {"workers": f"{workers.fewest} workers of {workers.each} each"}):
+            with heard(bulletin, {"workers": f"{workers.fewest} workers of {workers.each} each"}):
                 _follow(fit, bulletin, observe, look_out)
         except BaseException:
             bulletin.stop.remote()
@@ -175,7 +175,7 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
     context = ray.train.get_context()
     torch.set_num_threads(num_threads)  # Ray's actors begin with 1
     voice = _Voice(bulletin)
-    bulletin.arrive.remote("workers")
+    arrive(bulletin, "workers")
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),

@@ -1,4 +1,4 @@
-"""Decoding against Pillow's interpretation of real, tiny images; refusals; the isolated decoder and its deaths."""
+"""Decoding against Pillow's interpretation of real, tiny images; refusals; watched and isolated decoders."""
 
 import io
 import resource
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.data.images import IsolatedDecoder, decode
+from pipeline.data.images import IsolatedDecoder, WatchedDecoder, decode
 from pipeline.errors import ImageError, RunError
 
 pillow_heif.register_heif_opener()
@@ -296,6 +296,30 @@ def test_a_jpeg_without_rows_has_no_pixels() -> None:
 def test_samples_without_a_defined_range_are_unsupported(format: str) -> None:
     floats = Image.fromarray(np.full((4, 4), 0.5, np.float32))
     assert refusal(encoded(floats, format)).error == "unsupported"
+
+
+# --- the watched decoder -------------------------------------------------------------------------------------------
+
+
+def test_a_watched_decoder_gives_the_same_pixels_and_refusals() -> None:
+    with WatchedDecoder() as decoder:
+        data = JPEGS["baseline"]
+        assert torch.equal(decoder.decode(data, max_pixels=MAX_PIXELS), decode(data, max_pixels=MAX_PIXELS))
+        with pytest.raises(ImageError) as caught:
+            decoder.decode(b"", max_pixels=MAX_PIXELS)
+    assert caught.value.error == "empty"
+
+
+def test_an_image_that_takes_too_long_ends_its_process_and_the_time_between_images_does_not() -> None:
+    script = (
+        "import time; from pipeline.data import images\n"
+        "images.decode = lambda data, **options: time.sleep(len(data) / 10)\n"
+        "with images.WatchedDecoder(timeout_s=1) as decoder:\n"
+        "    decoder.decode(b'x', max_pixels=1); time.sleep(3); print('between', flush=True)\n"
+        "    decoder.decode(b'x' * 6000, max_pixels=1)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"between\n")
 
 
 # --- the isolated decoder ------------------------------------------------------------------------------------------

@@ -163,6 +163,19 @@ def test_a_run_whose_cpus_others_have_too_is_judged_by_what_it_used():
     assert (verdict.binds, verdict.share) == ("predict", pytest.approx(0.5))
 
 
+def test_where_there_are_fewer_shards_than_workers_smaller_ones_are_advised():
+    spent = {"decode": 4.0, "predict": 6.0, "cpu": 10.0}
+    verdict = judge_run(observed(receipt(0, 0, 10, **spent)), FUSED, [Node(cpus=2)])
+    assert verdict.as_dict()["sentence"] == (
+        "predict-bound: of 2 workers 1 had a shard: smaller ones would keep more of them at work"
+    )
+
+
+def test_nodes_whose_clocks_do_not_go_together_get_no_verdict():
+    spent = {"fetch": 6.0, "decode": 1.0, "predict": 2.0, "write": 1.0}
+    assert judge_run(observed(receipt(0, 10, 5, **spent)), FUSED, [Node(cpus=2)]) is None
+
+
 def test_verdicts_do_without_torch_and_ray():
     imports = "import sys, pipeline.inference.bound; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0

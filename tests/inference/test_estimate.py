@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline.errors import RunError
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PricesConfig
-from pipeline.inference.estimate import Cost, choose_sample, estimate_run, outcome, try_shards
+from pipeline.inference.estimate import Cost, choose_sample, estimate_run, outcome, sweep_trials, try_shards
 from pipeline.inference.layout import Layout
 from pipeline.inference.plan import Plan
 from tests.worlds import config_of, list_images, make_bundle, plan_of
@@ -57,6 +58,23 @@ def test_an_estimate_is_the_samples_pace_over_all_that_is_pending(world):
     assert estimate.duration_s == pytest.approx(2000 / 50 + estimate.start_up_s, abs=0.2)
 
 
+def test_workers_that_have_no_shard_are_not_waited_for(world):
+    plan = plan_of(world, run_id="few")
+    rest = Plan(plan.run, plan.manifest, committed=set(range(17)))
+    many = Layout("fused", "cpu", num_actors=64, cpus_per_actor=1, gpus_per_actor=0)
+    estimate = estimate_run(rest, many, [Node(cpus=64)], config_of(world), play)
+    assert estimate.duration_s == pytest.approx(8 + estimate.start_up_s, abs=0.2)  # three shards, two at a time
+
+
+def test_a_trial_without_a_rate_is_refused(world):
+    def play_backwards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
+        for receipt in play(plan, layout):
+            yield replace(receipt, began_at=receipt.ended_at, ended_at=receipt.began_at)
+
+    with pytest.raises(RunError, match="do the nodes' clocks go together"):
+        estimate_run(plan_of(world, run_id="skewed"), LAYOUT, NODES, config_of(world), play_backwards)
+
+
 def test_a_run_is_compared_only_with_an_estimate_of_the_same_work(world):
     plan, config = plan_of(world, run_id="compared"), config_of(world, run_id="compared")
     estimate = estimate_run(plan, LAYOUT, NODES, config, play)
@@ -83,6 +101,15 @@ def test_a_trial_leaves_nothing_behind_however_it_ends(world, is_failing):
     except RunError:
         assert is_failing
     assert list(storage.list_objects(plan.run.uri)) == []
+
+
+def test_what_a_killed_trial_left_is_swept_and_nothing_else(world):
+    plan = plan_of(world, run_id="swept")
+    for name in ("estimate-0123/errors/00000000.parquet", "commits/00000000.json", "estimate.json"):
+        storage.write(storage.join(plan.run.uri, name), b"")
+    sweep_trials(plan)
+    left = [info.uri.removeprefix(f"{plan.run.uri}/") for info in storage.list_objects(plan.run.uri)]
+    assert sorted(left) == ["commits/00000000.json", "estimate.json"]
 
 
 def test_prices_are_of_the_whole_cluster_and_unsaid_where_there_are_none():

@@ -66,6 +66,20 @@ def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
 
 
 @pytest.mark.ray
+def test_actors_decode_the_shards_that_are_too_large_for_tasks(world, local_ray, monkeypatch):
+    def decode_nothing(rows, run, attempts):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks, "_MOST_BYTES", 0)
+            return decode_shard(rows, run, attempts)
+
+    run_without_ray(world, run_id="alone", tables=TABLES)
+    monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_nothing)
+    summary = run(world, run_id="large", tables=TABLES, compute={"form": "split"})
+    assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 27, 3)
+    assert files_of(world, "large") == files_of(world, "alone")
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("most_bytes", "deaths"), [(2**28, 0), (1000, 0), pytest.param(2**28, 2, marks=pytest.mark.slow)]
 )
@@ -157,8 +171,13 @@ def test_a_rerun_does_only_what_is_not_committed(world, local_ray):
     summary = run(world, run_id="resumed")
     assert (summary["status"], summary["num_pending"], summary["num_images"]) == ("done", 1, 30)
     assert (commits / "00000000.json").read_bytes() == untouched
+    kept = (commits.parent / "summary.json").read_bytes()
+    with pytest.raises(RunError, match=r"at most 9\.00% of 30 images .* \(max_error_rate\), 3 are") as caught:
+        run(world, run_id="resumed", max_error_rate=0.09)
+    assert caught.value.details["num_errors"] == 3
     again = run(world, run_id="resumed")
     assert (again["status"], again["num_pending"], again["num_predicted"]) == ("was done", 0, 27)
+    assert (commits.parent / "summary.json").read_bytes() == kept
 
 
 def test_a_dry_run_touches_nothing(world):

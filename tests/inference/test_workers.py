@@ -28,8 +28,9 @@ class Shards:
 
 @pytest.mark.ray
 def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are_not(local_ray):
-    attempts = start_attempts()
-    ray.get([attempts.begin.remote("all", shard_id) for shard_id in (1, 2)])  # and their process died
+    attempts, here = start_attempts(), ray.get_runtime_context().get_node_id()
+    ray.get([attempts.begin.remote("all", shard_id, "a node that was lost") for shard_id in (3, 4)])
+    ray.get([attempts.begin.remote("all", shard_id, here) for shard_id in (1, 2)])  # and their process died
 
     def meet(*shard_ids: int, wait_s: float) -> list[bool]:
         worker = ray.remote(Shards).options(max_concurrency=2, num_cpus=0).remote(attempts)
@@ -37,7 +38,7 @@ def test_shards_that_saw_their_process_die_are_done_one_at_a_time_and_others_are
 
     assert meet(3, 4, wait_s=30) == [True, True]
     assert meet(1, 2, wait_s=0.2) == [False, False]
-    ray.get([attempts.begin.remote("all", 1, is_alone=True)])  # and it died again
+    ray.get([attempts.begin.remote("all", 1, here, is_alone=True)])  # and it died again
     assert meet(1, 5, wait_s=0.2) == [False, False]
 
 

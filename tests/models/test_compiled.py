@@ -2,7 +2,10 @@
 
 import io
 import json
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -70,6 +73,33 @@ def test_a_run_knows_whether_its_bundle_was_compiled_for_it(bundle_uri, packages
     assert not compiled.is_recorded(bundle_uri, digest, "cpu", "int8", batch_size=4, num_threads=1)
 
 
+def test_what_was_compiled_in_integers_is_not_what_auto_looks_for(bundle_uri, packages):
+    digest = Bundle.load(bundle_uri).digest
+    target = target_of(bundle_uri, precision="int8")
+    compiler.ensure(bundle_uri, target, lambda: compiler.draw_samples(target.crop_size, 32))
+    assert compiled.is_recorded(bundle_uri, digest, "cpu", "int8", batch_size=4, num_threads=1)
+    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)
+
+
+def test_a_record_of_other_software_that_knows_more_is_no_record_here(bundle_uri, packages):
+    record = compiler.ensure(bundle_uri, target_of(bundle_uri))
+    storage.write(storage.join(bundle_uri, "compiled", "newer.json"), b'{"target": {"something": "new"}}')
+    assert list(compiled.records(bundle_uri)) == [record]
+
+
+def test_of_several_on_a_machine_one_compiles_and_the_others_wait_for_it(bundle_uri, packages, monkeypatch):
+    def compile_slowly(*arguments):
+        time.sleep(0.2)
+        return compile_network(*arguments)
+
+    compile_network = compiler.compile_network
+    monkeypatch.setattr(compiler, "compile_network", compile_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        records = list(pool.map(lambda _: compiler.ensure(bundle_uri, target_of(bundle_uri)), range(4)))
+    assert len(packages) == 1
+    assert records == [records[0]] * 4
+
+
 def test_of_several_who_compile_at_once_the_first_to_end_is_right(bundle_uri, packages, monkeypatch):
     target, done = target_of(bundle_uri), []
 
@@ -81,6 +111,7 @@ def test_of_several_who_compile_at_once_the_first_to_end_is_right(bundle_uri, pa
 
     compile_network = compiler.compile_network
     monkeypatch.setattr(compiler, "compile_network", compile_behind_anothers_back)
+    monkeypatch.setattr(compiler, "_alone_on_this_machine", nullcontext)  # of another machine
     assert compiler.ensure(bundle_uri, target) == done[1]
     assert len(packages) == 2
     compiler.load(bundle_uri, done[1])

@@ -11,9 +11,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def as_in_a_new_process():
-    precision_module._warn_if_emulated.cache_clear()
+    precision_module.warn_if_emulated.cache_clear()
     yield
-    precision_module._warn_if_emulated.cache_clear()
+    precision_module.warn_if_emulated.cache_clear()
 
 
 @pytest.mark.parametrize("choose", [partial(autocast_type, "bfloat16"), partial(precisions, "bfloat16")])
