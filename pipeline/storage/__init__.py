@@ -14,9 +14,10 @@ from pipeline.storage.names import SCHEMES, is_under, join, normalise, split
 from pipeline.storage.objects import ObjectInfo, StoredObject
 from pipeline.storage.reading import exists, head, open_file, read, read_object
 from pipeline.storage.stores import filesystem
-from pipeline.storage.writing import delete, delete_folder, sweep_temporary_files, write
+from pipeline.storage.writing import LARGEST_BYTES, delete, delete_folder, sweep_temporary_files, write
 
 __all__ = [
+    "LARGEST_BYTES",
     "SCHEMES",
     "ObjectInfo",
     "StoredObject",

@@ -173,6 +173,14 @@ def test_a_file_that_is_there_already_keeps_its_etag(world, tmp_path, without_ra
     assert len(packed_images(output)) == 30
 
 
+@pytest.mark.parametrize("there", [b"", b"1234", b"1234567", b"123456789", b"1234567x", b"x2345678"])
+def test_a_file_that_holds_anything_else_is_written_anew(tmp_path, monkeypatch, there):
+    monkeypatch.setattr(jobs.pack, "_COMPARED_BYTES", 4)
+    (tmp_path / "0.parquet").write_bytes(there)
+    jobs.pack._write(f"file://{tmp_path}", "0.parquet", 1, b"12345678")
+    assert (tmp_path / "0.parquet").read_bytes() == b"12345678"
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -205,6 +213,14 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(world, tmp_path)
     with pytest.raises(ConfigError, match="shard_size: expected with a shuffle_seed alone"):
         pack(world, tmp_path / "packed", "--shuffle_seed", "null", "--shard_size", "5")
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_shard_that_no_store_takes_is_refused_by_its_size(world, tmp_path, without_ray, monkeypatch):
+    monkeypatch.setattr(storage, "LARGEST_BYTES", 1000)
+    with pytest.raises(ConfigError, match=r"shard_size: expected shards of at most .* GB of 7 images in shard 0;"):
+        pack(world, tmp_path / "packed", "--shard_size", "7")
+    assert not (tmp_path / "packed/data").exists()
+    assert pack(world, tmp_path / "smaller", "--shard_size", "7", *REENCODE)["num_packed"] == 27  # whose bytes are few
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------
