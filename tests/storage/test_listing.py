@@ -106,9 +106,22 @@ def test_links_are_followed_except_in_circles_and_dangling_ones_are_passed_over(
     (root / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(root / "folder")
     (root / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (root / "itself.jpg").symlink_to(root / "itself.jpg")
+    (root / "through.jpg").symlink_to(root / "folder" / "image.jpg" / "no-folder.jpg")
     (root / "link.jpg").symlink_to(root / "folder" / "image.jpg")
     below = ["link.jpg", "folder/image.jpg", "linked/far.jpg", "linked/back/image.jpg"]
     assert uris_below(f"file://{root}") == [f"file://{root}/{name}" for name in below]
+
+
+def test_of_a_large_folder_only_a_page_is_looked_at_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.listing._FILES_PER_PAGE", 3)
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(b"1")
+    listing = storage.list_objects(f"file://{tmp_path}")
+    first = [next(listing) for _ in range(3)]
+    (tmp_path / "6.jpg").unlink()  # not looked at yet
+    names = [found.uri.rpartition("/")[2] for found in (*first, *listing)]
+    assert names == [f"{number}.jpg" for number in (0, 1, 2, 3, 4, 5, 7)]
 
 
 def test_two_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
