@@ -151,6 +151,12 @@ def translated(uri: str) -> Iterator[None]:
         if uri.startswith("file://"):
             raise AccessDeniedError(f"{uri!r}: {getattr(error, 'strerror', error)}") from error
         raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}") from error
+    except obstore.exceptions.InvalidPathError as error:  # of one name, but a page of a listing is lost with it
+        reason = str(error).partition("\n\n")[0]
+        raise StorageError(
+            f"{uri!r}: expected names without empty parts, '.', '..' and control characters, which alone {uri[:2]} can "
+            f"be listed with, got another ({reason}); rename that object, or name the others in a table of URIs"
+        ) from error
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         raise StorageError(f"{uri!r}: {type(error).__name__}: {first_line}") from error
