@@ -15,10 +15,11 @@ its CPUs. The driver's memory is that of a 64th of the images' rows, never of th
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from pydantic import Field
 
 from jobs import run_job
@@ -266,10 +267,23 @@ def _publish(output: str, records: str, ordered: Manifest, classes: list[str] | 
     Raises ReconcileError where that is not so.
     """
     totals = reconcile(ordered, read_receipts(records, committed_shard_ids(records)), output, ("data", "errors"))
-    packed = write_manifest(output, PackedSource(storage.join(output, "data")), shard_size=_SHARD_SIZE, classes=classes)
-    if packed.num_images != totals.num_predicted:
-        raise ReconcileError(f"expected {totals.num_predicted} images in {packed.uri!r}, found {packed.num_images}")
-    return packed, totals
+    source = _AllPacked(storage.join(output, "data"), totals.num_predicted)
+    return write_manifest(output, source, shard_size=_SHARD_SIZE, classes=classes), totals
+
+
+@dataclass(slots=True)
+class _AllPacked(PackedSource):
+    """The packed images, refused at their end, when no manifest is written yet, where they are not `num_images`."""
+
+    num_images: int
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        num_found = 0
+        for batch in PackedSource.batches(self):
+            num_found += len(batch)
+            yield batch
+        if num_found != self.num_images:
+            raise ReconcileError(f"expected {self.num_images} images in {self.uri!r}, found {num_found}")
 
 
 if __name__ == "__main__":

@@ -244,13 +244,20 @@ def test_files_that_are_not_as_committed_are_not_published(world, tmp_path, with
     assert not (output / "manifest.json").exists()
 
 
-def test_a_receipt_that_lost_an_image_is_not_published(world, tmp_path, without_ray):
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ({"num_predicted": 29}, "shard 0: expected 30 images accounted for"),
+        ({"num_predicted": 29, "num_errors": 1}, "expected 29 images in .*/data', found 30"),
+    ],
+)
+def test_images_that_are_not_as_many_as_the_receipts_tell_are_not_published(world, tmp_path, without_ray, lie, message):
     output = tmp_path / "packed"
     pack(world, output)
     (output / "manifest.json").unlink()
     record = output / "_pack/commits/00000000.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "num_predicted": 29}))
-    with pytest.raises(ReconcileError, match="shard 0: expected 30 images accounted for"):
+    record.write_text(json.dumps({**json.loads(record.read_text()), **lie}))
+    with pytest.raises(ReconcileError, match=message):
         pack(world, output)
     assert not (output / "manifest.json").exists()
 
