@@ -3,7 +3,7 @@
 A URI is `scheme://` followed by the raw object name, never percent-encoded: `s3://bucket/50% off #1?.jpg` is what it
 looks like. A plain path means `file://`. Bulk requests go through obstore where it serves the scheme; listings, and the
 few names that obstore refuses (control characters, empty segments), go through fsspec. Credentials, region and
-endpoint come from the environment alone.
+endpoint come from the environment and ~/.aws alone.
 
 Source of the names' rules: object_store `Path`, S3 "Naming Amazon S3 objects".
 """

@@ -68,9 +68,10 @@ def delete_folder(uri: str) -> None:
 
 
 def sweep_temporary_files(uri: str) -> None:
-    """Remove what writers killed over an hour ago left under a `file` prefix; object stores never have any.
+    """Remove what writers killed over an hour ago left under a `file` prefix; object stores never show any.
 
-    Younger ones may be somebody's write under way; readers pass them over.
+    Younger ones may be somebody's write under way; readers pass them over. Parts of an upload that was killed, which a
+    bucket keeps unseen, are for its lifecycle rules (AbortIncompleteMultipartUpload).
     """
     scheme, path = split(uri)
     if scheme != "file":
