@@ -15,10 +15,11 @@ its CPUs. The driver's memory is that of a 64th of the images' rows, never of th
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from pydantic import Field
 
 from jobs import run_job
@@ -29,13 +30,14 @@ from pipeline.data.manifest import Manifest, Shard, write_manifest
 from pipeline.data.pack import Reencode, converting, encode, pack_images
 from pipeline.data.packed import PackedSource
 from pipeline.data.shuffle import ShuffledSource
-from pipeline.errors import ConfigError, ObjectExistsError, ReconcileError
+from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError, ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
 from pipeline.inference.config import ImagesConfig
 from pipeline.inference.reconcile import Totals, reconcile
 from pipeline.tables import writing
 
 _SHARD_SIZE = 1000
+_COMPARED_BYTES = 16 << 20
 Row = dict[str, Any]
 
 
@@ -86,6 +88,8 @@ def main(config: PackConfig) -> dict[str, Any]:
     output = storage.normalise(config.output)
     records = storage.join(output, "_pack")
     ordered = _ordered(config, manifest, output, records)
+    if config.reencode is None:
+        _refuse_too_large(ordered)
     committed = committed_shard_ids(records)
     pending = [shard for shard in ordered.shards() if shard.shard_id not in committed]
     work = Work(ordered.uri, ordered.digest, output, config.reencode, config.check, config.images)
@@ -129,6 +133,17 @@ def _ordered(config: PackConfig, manifest: Manifest, output: str, records: str) 
     if storage.exists(storage.join(uri, "manifest.json")):
         return Manifest.open(uri)
     return write_manifest(uri, shuffled, shard_size=config.shard_size or _SHARD_SIZE, classes=manifest.classes)
+
+
+def _refuse_too_large(ordered: Manifest) -> None:
+    """Raises ConfigError for a shard that no store takes as one object."""
+    for shard in ordered.shards():
+        if shard.num_bytes > storage.LARGEST_BYTES:
+            raise ConfigError(
+                f"shard_size: expected shards of at most {storage.LARGEST_BYTES / 1e9:,.1f} GB, got "
+                f"{shard.num_bytes / 1e9:,.1f} GB of {shard.num_images} images in shard {shard.shard_id}; "
+                "pack to another output with a smaller shard_size, or from a manifest of smaller shards"
+            )
 
 
 def _record_plan(fields: dict[str, Any], output: str, records: str) -> None:
@@ -221,14 +236,26 @@ def pack_and_write(work: Work, manifest: Manifest, shard: Shard, attempt: int = 
 
 
 def _write(output: str, path: str, num_rows: int, data: bytes) -> writing.WrittenFile:
-    """Write a file, but leave one alone that holds the same: its etag, which the manifest keeps, may tell its age."""
+    """Write a file, but leave one alone that holds the same: its etag, which the manifest keeps, may tell its age.
+
+    Not put-if-absent, which is one request however large; what a twin writes here is equal, or its receipt refused.
+    """
     uri = storage.join(output, path)
-    try:
-        storage.write(uri, data, if_absent=True)
-    except ObjectExistsError:
-        if storage.read(uri) != data:
-            storage.write(uri, data)
+    if not _holds(uri, data):
+        storage.write(uri, data)
     return writing.WrittenFile.of(path, num_rows, data)
+
+
+def _holds(uri: str, data: bytes) -> bool:
+    """Whether there is an object of these bytes; read in parts, since a whole may not come in time."""
+    try:
+        with storage.open_file(uri) as file:
+            return all(
+                file.read(_COMPARED_BYTES) == data[start : start + _COMPARED_BYTES]
+                for start in range(0, len(data) + 1, _COMPARED_BYTES)
+            )
+    except ObjectNotFoundError:
+        return False
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------
@@ -240,10 +267,23 @@ def _publish(output: str, records: str, ordered: Manifest, classes: list[str] | 
     Raises ReconcileError where that is not so.
     """
     totals = reconcile(ordered, read_receipts(records, committed_shard_ids(records)), output, ("data", "errors"))
-    packed = write_manifest(output, PackedSource(storage.join(output, "data")), shard_size=_SHARD_SIZE, classes=classes)
-    if packed.num_images != totals.num_predicted:
-        raise ReconcileError(f"expected {totals.num_predicted} images in {packed.uri!r}, found {packed.num_images}")
-    return packed, totals
+    source = _AllPacked(storage.join(output, "data"), totals.num_predicted)
+    return write_manifest(output, source, shard_size=_SHARD_SIZE, classes=classes), totals
+
+
+@dataclass(slots=True)
+class _AllPacked(PackedSource):
+    """The packed images, refused at their end, when no manifest is written yet, where they are not `num_images`."""
+
+    num_images: int
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        num_found = 0
+        for batch in PackedSource.batches(self):
+            num_found += len(batch)
+            yield batch
+        if num_found != self.num_images:
+            raise ReconcileError(f"expected {self.num_images} images in {self.uri!r}, found {num_found}")
 
 
 if __name__ == "__main__":

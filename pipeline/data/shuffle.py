@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, LabelKind
-from pipeline.data.spool import hash_uris
+from pipeline.data.spool import hash_uris, naming_full_disk
 from pipeline.errors import ManifestError
 
 _BUCKET_BITS = 6  # 64 buckets: one of 10 million images is some 25 MB
@@ -52,7 +53,8 @@ class ShuffledSource:
     def batches(self) -> Iterator[pa.RecordBatch]:
         with tempfile.TemporaryDirectory(prefix="shuffle-") as folder:
             path = f"{folder}/images.arrow"
-            self._scatter(path)
+            with naming_full_disk(Path(folder)):
+                self._scatter(path)
             yield from _gather(path)
 
     def _scatter(self, path: str) -> None:

@@ -3,8 +3,11 @@
 What needs sight of the whole list (duplicates, class names) is found here without holding the list in memory.
 """
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.data.packed import PACKED_SCHEMA
 from pipeline.data.sources import IMAGE_SCHEMA, Source
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, StorageError
 
 Hashes = npt.NDArray[np.uint64]
 _BUCKET_BITS = 6  # 64 files of hashes: one of 10 million uris is 1.2 MB, of 1 billion 125 MB
@@ -57,7 +60,8 @@ def spool(
 ) -> Spool:
     """Read `source` to its end into `folder`, which needs some 30 to 100 bytes of room an image.
 
-    Raises ManifestError for a duplicate uri, a uri outside the allowed roots, and where no image is left.
+    Raises ManifestError for a duplicate uri, a uri outside the allowed roots, and where no image is left; StorageError
+    where the room is not there.
     """
     labels: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
@@ -67,6 +71,7 @@ def spool(
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     hashes = _HashFiles(folder)
     with (
+        naming_full_disk(folder),
         pa.OSFile(str(path), "wb") as file,
         pa.ipc.new_stream(file, schema, options=options) as stream,
     ):
@@ -83,6 +88,20 @@ def spool(
         raise ManifestError(f"expected images at {source.describe()}, found none (skipped: {reasons or 'nothing'})")
     _refuse_duplicates(result, hashes.repeated())
     return result
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """What writing to the local `folder` raises where its disk is full says so, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"{folder}: expected room for 30 to 100 bytes an image, got {os.strerror(error.errno)!r}; make room, or "
+            "set TMPDIR to a folder on a larger disk"
+        ) from error
 
 
 def _selected(
@@ -138,7 +157,7 @@ class _HashFiles:
         starts = np.searchsorted(ordered >> np.uint64(64 - _BUCKET_BITS), np.arange(1, 1 << _BUCKET_BITS))
         for path, part in zip(self._paths, np.split(ordered, starts), strict=True):
             with open(path, "ab") as file:  # opened anew: 64 open files at once are too many for some systems
-                part.tofile(file)
+                file.write(part.tobytes())  # not its own `tofile`, which does not notice a full disk
 
     def repeated(self) -> Hashes:
         """Every hash that was added more than once, in order."""

@@ -1,6 +1,8 @@
 """Listing what lies below a prefix, in a fixed order and without holding it all."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,6 +15,8 @@ from pipeline.storage.concurrency import chain_ahead
 from pipeline.storage.names import TEMPORARY_SUFFIX, split
 from pipeline.storage.objects import ObjectInfo, clean_etag, file_etag
 from pipeline.storage.stores import OBSTORE_ALONE, filesystem, obstore_of, translated
+
+_FILES_PER_PAGE = 1000
 
 
 class Page(NamedTuple):
@@ -78,18 +82,33 @@ def _list_deeply(scheme: str, path: str) -> Iterator[list[ObjectInfo]]:
 
 
 def _pages_of_files(path: str) -> Iterator[Page]:
-    page = Page([], [])
-    with os.scandir(path) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        if entry.is_dir():
-            if not (entry.is_symlink() and _closes_circle(entry.path)):
-                page.folders.append(entry.path)
-        elif not (entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX)):
-            with suppress(FileNotFoundError):  # gone since, or a dangling link
-                status = entry.stat()
-                page.objects.append(ObjectInfo(f"file://{entry.path}", status.st_size, file_etag(status)))
-    yield page
+    names = sorted(os.listdir(path))  # and no more than names of all of them: there may be millions
+    for start in range(0, len(names), _FILES_PER_PAGE):
+        page = Page([], [])
+        for name in names[start : start + _FILES_PER_PAGE]:
+            _add_file(page, os.path.join(path, name), name)
+        yield page
+
+
+def _add_file(page: Page, path: str, name: str) -> None:
+    status = _status(path)
+    if status is None:
+        return
+    if stat.S_ISDIR(status.st_mode):
+        if not (os.path.islink(path) and _closes_circle(path)):
+            page.folders.append(path)
+    elif not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)):
+        page.objects.append(ObjectInfo(f"file://{path}", status.st_size, file_etag(status)))
+
+
+def _status(path: str) -> os.stat_result | None:
+    """None for a file that is gone since, and for a link to nowhere or to itself."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
 
 
 def _closes_circle(link: str) -> bool:

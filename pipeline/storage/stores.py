@@ -22,6 +22,7 @@ from pipeline.errors import (
 )
 
 OBSTORE_ALONE = ("gs", "az")  # fsspec's own for these tell etags that differ from those that obstore reads under
+REQUEST_S = 60
 _KNOWN_TO_OBSTORE = ("env", "container-role", "iam-role")  # as botocore names them
 _ASKED_AGAIN_AFTER = timedelta(minutes=10)  # obstore asks 5 minutes before
 
@@ -34,8 +35,8 @@ def filesystem(scheme: str) -> Any:
     """
     if scheme in OBSTORE_ALONE:
         of_obstore: Any = FsspecStore  # whose overloads want a literal
-        return of_obstore(scheme, **_obstore_options())
-    if scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL"):
+        return of_obstore(scheme, **_obstore_options(REQUEST_S, REQUEST_S))
+    if scheme == "s3" and "endpoint" in _s3_place():
         # S3-compatible stores refuse the AWS SDK's newer default checksums (411 MissingContentLength).
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
@@ -53,32 +54,58 @@ def is_for_obstore(scheme: str, key: str) -> bool:
 
 
 @cache
-def obstore_of(scheme: str, bucket: str) -> Any:
-    """The obstore store of a bucket."""
-    profile = _of_aws_profile() if scheme == "s3" else {}
-    return obstore.store.from_url(f"{scheme}://{bucket}", **_obstore_options(), **profile)
+def obstore_of(scheme: str, bucket: str, *, request_s: float = REQUEST_S, retry_s: float = REQUEST_S) -> Any:
+    """The obstore store of a bucket, whose requests end within `request_s`, with their bodies.
+
+    Failed ones are tried again until `retry_s` have passed: after a time-out only where that is longer.
+    """
+    options = _obstore_options(request_s, retry_s)
+    if scheme == "s3":
+        place = _s3_place()
+        options["client_options"]["allow_http"] = place.get("endpoint", "").startswith("http://")
+        options |= {**place, **_of_aws_profile()}
+    return obstore.store.from_url(f"{scheme}://{bucket}", **options)
 
 
-def _obstore_options() -> dict[str, Any]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+def _obstore_options(request_s: float, retry_s: float) -> dict[str, Any]:
     return {
-        "client_options": {"allow_http": endpoint.startswith("http://"), "timeout": timedelta(seconds=60)},
+        "client_options": {"timeout": timedelta(seconds=request_s)},
         "retry_config": {
             "max_retries": 10,
-            "retry_timeout": timedelta(seconds=60),
+            "retry_timeout": timedelta(seconds=retry_s),
             "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10), "base": 2},
         },
     }
 
 
-def _of_aws_profile() -> dict[str, Any]:
-    """What a profile in ~/.aws says, also of single sign-on, which s3fs knows and obstore does not."""
-    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
-        return {}
+@cache
+def _aws_session() -> Any:
     import botocore.session  # only where it is needed: it takes long
 
-    session = botocore.session.get_session()
-    found = session.get_credentials()
+    return botocore.session.get_session()
+
+
+@cache
+def _s3_place() -> dict[str, str]:
+    """`region` and `endpoint`, as far as they are told: by the environment or ~/.aws, which obstore does not read.
+
+    As botocore finds them, and so s3fs; AWS_REGION, which botocore passes over, is obstore's.
+    """
+    from botocore.configprovider import ConfiguredEndpointProvider
+
+    session = _aws_session()
+    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    endpoint = None
+    if not session.get_config_variable("ignore_configured_endpoint_urls"):
+        endpoint = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3").provide()
+    return {name: value for name, value in {"region": region, "endpoint": endpoint}.items() if value}
+
+
+def _of_aws_profile() -> dict[str, Any]:
+    """The credentials of a profile in ~/.aws, also of single sign-on, which s3fs knows and obstore does not."""
+    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+        return {}
+    found = _aws_session().get_credentials()
     if found is None or found.method in _KNOWN_TO_OBSTORE:
         return {}
 
@@ -91,10 +118,7 @@ def _of_aws_profile() -> dict[str, Any]:
             "expires_at": datetime.now(UTC) + _ASKED_AGAIN_AFTER if frozen.token else None,
         }
 
-    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or session.get_scoped_config().get("endpoint_url")
-    told = {"region": region, "endpoint": endpoint}
-    return {"credential_provider": current, **{name: value for name, value in told.items() if value}}
+    return {"credential_provider": current}
 
 
 def call_s3(operation: str, path: str, **request: Any) -> Any:
@@ -127,6 +151,12 @@ def translated(uri: str) -> Iterator[None]:
         if uri.startswith("file://"):
             raise AccessDeniedError(f"{uri!r}: {getattr(error, 'strerror', error)}") from error
         raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}") from error
+    except obstore.exceptions.InvalidPathError as error:  # of one name, but a page of a listing is lost with it
+        reason = str(error).partition("\n\n")[0]
+        raise StorageError(
+            f"{uri!r}: expected names without empty parts, '.', '..' and control characters, which alone {uri[:2]} can "
+            f"be listed with, got another ({reason}); rename that object, or name the others in a table of URIs"
+        ) from error
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         raise StorageError(f"{uri!r}: {type(error).__name__}: {first_line}") from error

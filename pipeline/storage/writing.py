@@ -4,29 +4,38 @@ import errno
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 import obstore
+from obstore.exceptions import AlreadyExistsError, GenericError
 
 from pipeline.errors import ObjectNotFoundError, StorageError
 from pipeline.storage.concurrency import map_concurrently
 from pipeline.storage.listing import list_objects
 from pipeline.storage.names import TEMPORARY_SUFFIX, split
-from pipeline.storage.stores import call_s3, filesystem, is_for_obstore, obstore_of, translated
+from pipeline.storage.stores import REQUEST_S, call_s3, filesystem, is_for_obstore, obstore_of, translated
 
 _LONGEST_WRITE_S = 3600
+_BYTES_IN_TIME = 64 << 20  # what a request of `REQUEST_S` carries over a line of some 1 MB/s
+_PARTS_AT_ONCE = 4
+_PART_BYTES = _BYTES_IN_TIME // _PARTS_AT_ONCE
+LARGEST_BYTES = 10_000 * _PART_BYTES
+"""Of an object: S3 takes no more parts, other stores more or larger ones."""
 
 
 def write(uri: str, data: bytes, *, if_absent: bool = False) -> None:
-    """Write the object whole: one PUT, or for `file` a temporary file and a rename, so that no reader sees a part.
+    """Write the object whole, so that no reader sees a part: one PUT, a large one in parts that become it at the end,
+    or for `file` a temporary file and a rename.
 
-    Raises ObjectExistsError where `if_absent` and it is there, AccessDeniedError, StorageError.
+    `if_absent` is one PUT always, of which S3 takes 5 GB. Raises ObjectExistsError where it is there then,
+    AccessDeniedError, StorageError.
     """
     scheme, path = split(uri)
     try:
-        with translated(uri):
+        with translated(uri), _timed(uri, len(data)):
             if scheme == "file":
                 _write_file(Path(path), data, if_absent)
             elif not _put_by_obstore(scheme, path, data, if_absent):
@@ -59,9 +68,10 @@ def delete_folder(uri: str) -> None:
 
 
 def sweep_temporary_files(uri: str) -> None:
-    """Remove what writers killed over an hour ago left under a `file` prefix; object stores never have any.
+    """Remove what writers killed over an hour ago left under a `file` prefix; object stores never show any.
 
-    Younger ones may be somebody's write under way; readers pass them over.
+    Younger ones may be somebody's write under way; readers pass them over. Parts of an upload that was killed, which a
+    bucket keeps unseen, are for its lifecycle rules (AbortIncompleteMultipartUpload).
     """
     scheme, path = split(uri)
     if scheme != "file":
@@ -98,16 +108,53 @@ def _link(file: Path, to: Path) -> None:
         ) from error
 
 
+@contextmanager
+def _timed(uri: str, num_bytes: int) -> Iterator[None]:
+    """What a write that took too long raises says so, which obstore's own first line does not."""
+    start = time.monotonic()
+    try:
+        yield
+    except GenericError as error:
+        if "kind: Timeout" not in str(error):
+            raise
+        raise StorageError(
+            f"cannot write {uri!r}: expected the store to take its {num_bytes / 1e6:,.1f} MB in time, got a time-out "
+            f"after {time.monotonic() - start:,.0f} s; write less at once (a smaller shard_size), or over a faster line"
+        ) from error
+
+
 def _put_by_obstore(scheme: str, path: str, data: bytes, if_absent: bool) -> bool:
     """Whether obstore takes the name, and so has written the object."""
     bucket, _, key = path.partition("/")
     if is_for_obstore(scheme, key):
         with suppress(ValueError):
-            obstore.put(
-                obstore_of(scheme, bucket), key, data, mode="create" if if_absent else "overwrite", use_multipart=False
-            )
+            (_create if if_absent else _overwrite)(scheme, bucket, key, data)
             return True
     return False
+
+
+def _overwrite(scheme: str, bucket: str, key: str, data: bytes) -> None:
+    if len(data) <= _BYTES_IN_TIME:
+        obstore.put(obstore_of(scheme, bucket), key, data, use_multipart=False)
+        return
+    store = obstore_of(scheme, bucket, request_s=REQUEST_S, retry_s=2 * REQUEST_S)  # one part that is stuck goes again
+    obstore.put(store, key, data, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+
+
+def _create(scheme: str, bucket: str, key: str, data: bytes) -> None:
+    """Put-if-absent. Where the first answer was lost the object may be there, by this very write, if it is equal."""
+    request_s = REQUEST_S * max(1, -(-len(data) // _BYTES_IN_TIME))
+    with suppress(GenericError):
+        obstore.put(
+            obstore_of(scheme, bucket, request_s=request_s, retry_s=0), key, data, mode="create", use_multipart=False
+        )
+        return
+    store = obstore_of(scheme, bucket, request_s=request_s)
+    try:
+        obstore.put(store, key, data, mode="create", use_multipart=False)
+    except AlreadyExistsError:
+        if obstore.get(store, key).bytes().to_bytes() != data:
+            raise
 
 
 def _put_by_fsspec(scheme: str, path: str, data: bytes, if_absent: bool) -> None:

@@ -1,4 +1,4 @@
-"""Writing one shard of each table: deterministic bytes under a deterministic name, in one PUT."""
+"""Writing one shard of each table: deterministic bytes under a deterministic name, each file whole at once."""
 
 import hashlib
 from collections.abc import Mapping

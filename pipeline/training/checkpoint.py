@@ -2,8 +2,8 @@
 
     <run>/checkpoints/<step>.pt    a PyTorch file that loads with weights_only
 
-One object in one PUT (or a file renamed into place): half of one is never seen. Writing happens in a thread, from a
-copy of the state, so that training goes on; the next one waits for it.
+One object, written whole: half of one is never seen. Writing happens in a thread, from a copy of the state, so that
+training goes on; the next one waits for it.
 """
 
 import copy

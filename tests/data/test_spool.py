@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from pipeline.data import spool as spool_module
 from pipeline.data.manifest import write_manifest
-from pipeline.data.spool import Selection
-from pipeline.errors import ManifestError
+from pipeline.data.spool import Selection, spool
+from pipeline.errors import ManifestError, StorageError
 from tests.manifests import Row, Rows, fresh, some_rows, uris_of
 
 
@@ -55,3 +57,11 @@ def test_a_sample_is_the_same_in_any_order_and_about_as_large_as_asked() -> None
     assert uris_of(write_manifest(fresh(), Rows(rows, 100), shard_size=500, selection=other)) != forward
     whole = write_manifest(fresh(), Rows(rows, 100), shard_size=500, selection=Selection(sample=1.0))
     assert whole.num_images == 2000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("name", ["images.arrow", "hashes-07"])
+def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=rf"{tmp_path}: expected room .*No space left on device.*TMPDIR"):
+        spool(Rows(some_rows(500)), Selection(), tmp_path)

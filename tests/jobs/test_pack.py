@@ -173,6 +173,14 @@ def test_a_file_that_is_there_already_keeps_its_etag(world, tmp_path, without_ra
     assert len(packed_images(output)) == 30
 
 
+@pytest.mark.parametrize("there", [b"", b"1234", b"1234567", b"123456789", b"1234567x", b"x2345678"])
+def test_a_file_that_holds_anything_else_is_written_anew(tmp_path, monkeypatch, there):
+    monkeypatch.setattr(jobs.pack, "_COMPARED_BYTES", 4)
+    (tmp_path / "0.parquet").write_bytes(there)
+    jobs.pack._write(f"file://{tmp_path}", "0.parquet", 1, b"12345678")
+    assert (tmp_path / "0.parquet").read_bytes() == b"12345678"
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -207,6 +215,14 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(world, tmp_path)
     assert not (tmp_path / "packed").exists()
 
 
+def test_a_shard_that_no_store_takes_is_refused_by_its_size(world, tmp_path, without_ray, monkeypatch):
+    monkeypatch.setattr(storage, "LARGEST_BYTES", 1000)
+    with pytest.raises(ConfigError, match=r"shard_size: expected shards of at most .* GB of 7 images in shard 0;"):
+        pack(world, tmp_path / "packed", "--shard_size", "7")
+    assert not (tmp_path / "packed/data").exists()
+    assert pack(world, tmp_path / "smaller", "--shard_size", "7", *REENCODE)["num_packed"] == 27  # whose bytes are few
+
+
 # --- the proof -------------------------------------------------------------------------------------------------------
 
 
@@ -228,13 +244,20 @@ def test_files_that_are_not_as_committed_are_not_published(world, tmp_path, with
     assert not (output / "manifest.json").exists()
 
 
-def test_a_receipt_that_lost_an_image_is_not_published(world, tmp_path, without_ray):
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ({"num_predicted": 29}, "shard 0: expected 30 images accounted for"),
+        ({"num_predicted": 29, "num_errors": 1}, "expected 29 images in .*/data', found 30"),
+    ],
+)
+def test_images_that_are_not_as_many_as_the_receipts_tell_are_not_published(world, tmp_path, without_ray, lie, message):
     output = tmp_path / "packed"
     pack(world, output)
     (output / "manifest.json").unlink()
     record = output / "_pack/commits/00000000.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "num_predicted": 29}))
-    with pytest.raises(ReconcileError, match="shard 0: expected 30 images accounted for"):
+    record.write_text(json.dumps({**json.loads(record.read_text()), **lie}))
+    with pytest.raises(ReconcileError, match=message):
         pack(world, output)
     assert not (output / "manifest.json").exists()
 

@@ -1,11 +1,15 @@
 import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from pipeline import storage
-from pipeline.errors import ObjectNotFoundError
+from pipeline.errors import ObjectNotFoundError, StorageError
 
 ODD_NAMES = [
     "plain.jpg",
@@ -25,6 +29,11 @@ ODD_NAMES = [
     "deep/er/still.jpg",
 ]
 ODD_KEYS = ["/leading.jpg", "a//b.jpg", "a/./c.jpg", "a/../d.jpg", "?versionId=3", "control\x01.jpg"]  # S3 alone
+
+BLOB = (
+    "<Blob><Name>{name}</Name><Properties><Last-Modified>Mon, 01 Jan 2024 00:00:00 GMT</Last-Modified><Etag>0x1</Etag>"
+    "<Content-Length>1</Content-Length><Content-Type>image/jpeg</Content-Type><BlobType>BlockBlob</BlobType></Properties></Blob>"
+)
 
 
 def uris_below(uri: str) -> list[str]:
@@ -61,6 +70,41 @@ def test_listing_many_folders_and_pages_gives_every_object_once_in_a_fixed_order
     own = sorted(storage.join(s3_uri, name) for name in names if "/" not in name)
     assert listed == own + sorted(storage.join(s3_uri, name) for name in names if "/" in name)
     assert [found.uri for found in storage.list_objects(s3_uri, concurrency=1)] == listed
+
+
+def test_a_name_that_az_cannot_be_listed_with_is_told_with_what_to_do(azure_names: list[str]) -> None:
+    uri = f"az://{uuid4().hex}"
+    azure_names += ["a.jpg", "b/c.jpg"]
+    assert uris_below(uri) == [f"{uri}/a.jpg", f"{uri}/b/c.jpg"]
+    azure_names += ["d//e.jpg"]
+    for listing in (uris_below, storage.list_folders):
+        with pytest.raises(StorageError, match=r'az://.*got another \(.*"d//e.jpg".*\); rename that object, or name'):
+            listing(uri)
+
+
+@pytest.fixture
+def azure_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What every container of an emulator of one's own lists."""
+    names: list[str] = []
+
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            blobs = "".join(BLOB.format(name=name) for name in names)
+            page = f"<EnumerationResults><Blobs>{blobs}</Blobs><NextMarker /></EnumerationResults>".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+        monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", f"http://127.0.0.1:{server.server_port}")
+        yield names
+        server.shutdown()
 
 
 @pytest.mark.s3
@@ -106,9 +150,22 @@ def test_links_are_followed_except_in_circles_and_dangling_ones_are_passed_over(
     (root / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(root / "folder")
     (root / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (root / "itself.jpg").symlink_to(root / "itself.jpg")
+    (root / "through.jpg").symlink_to(root / "folder" / "image.jpg" / "no-folder.jpg")
     (root / "link.jpg").symlink_to(root / "folder" / "image.jpg")
     below = ["link.jpg", "folder/image.jpg", "linked/far.jpg", "linked/back/image.jpg"]
     assert uris_below(f"file://{root}") == [f"file://{root}/{name}" for name in below]
+
+
+def test_of_a_large_folder_only_a_page_is_looked_at_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.listing._FILES_PER_PAGE", 3)
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(b"1")
+    listing = storage.list_objects(f"file://{tmp_path}")
+    first = [next(listing) for _ in range(3)]
+    (tmp_path / "6.jpg").unlink()  # not looked at yet
+    names = [found.uri.rpartition("/")[2] for found in (*first, *listing)]
+    assert names == [f"{number}.jpg" for number in (0, 1, 2, 3, 4, 5, 7)]
 
 
 def test_two_folders_that_link_to_each_other_end(tmp_path: Path) -> None:

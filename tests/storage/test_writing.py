@@ -1,11 +1,13 @@
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
 from pipeline.errors import ObjectExistsError, StorageError
+from pipeline.storage import writing
 
 
 @pytest.mark.parametrize("name", ["plain.json", "new\nline.json", "deep/er.json"])
@@ -63,3 +65,55 @@ def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(root: str) -> 
     for _ in range(2):
         storage.delete_folder(storage.join(root, "gone"))
     assert [info.uri for info in storage.list_objects(root)] == [storage.join(root, "gone-not")]
+
+
+def test_a_large_object_is_written_in_parts_each_within_its_own_time(own_store, monkeypatch) -> None:
+    monkeypatch.setattr(writing, "_BYTES_IN_TIME", 12 << 20)
+    monkeypatch.setattr(writing, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(writing, "REQUEST_S", 0.5)
+    data = os.urandom((12 << 20) + 1)
+    own_store.answer = lambda number, status: time.sleep(0.7 if number == 2 else 0.2) or status
+    storage.write(f"{own_store.uri}/large.bin", data)
+    assert own_store.objects["large.bin"] == data
+    assert sorted(own_store.asked) == ["POST uploadId", "POST uploads", *["PUT partNumber"] * 4]  # one again
+    storage.write(f"{own_store.uri}/small.bin", data[:-1])
+    assert own_store.asked[-1] == "PUT"
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_write_that_takes_too_long_tells_size_time_and_remedy(own_store, monkeypatch, is_large) -> None:
+    monkeypatch.setattr(writing, "REQUEST_S", 0.2)
+    own_store.answer = lambda number, status: time.sleep(0.5) or status
+    monkeypatch.setattr(writing, "_BYTES_IN_TIME", 0 if is_large else 100 << 20)
+    with pytest.raises(StorageError, match=r"x.bin'.* its 6\.0 MB in time, got a time-out after [01] s;.*shard_size"):
+        storage.write(f"{own_store.uri}/x.bin", b"x" * 6_000_000, if_absent=not is_large)
+
+
+def test_a_put_if_absent_whose_answer_was_lost_knows_its_own_object(own_store) -> None:
+    own_store.answer = lambda number, status: 500 if number == 0 else status
+    storage.write(f"{own_store.uri}/claim.json", b"mine", if_absent=True)
+    assert own_store.objects == {"claim.json": b"mine"}
+    with pytest.raises(ObjectExistsError):  # by an earlier write, of whomever
+        storage.write(f"{own_store.uri}/claim.json", b"mine", if_absent=True)
+
+
+def test_a_put_if_absent_that_timed_out_knows_its_own_object(own_store, monkeypatch) -> None:
+    monkeypatch.setattr(writing, "REQUEST_S", 0.5)
+    own_store.answer = lambda number, status: time.sleep(1 if number == 0 else 0) or status
+    storage.write(f"{own_store.uri}/claim.json", b"mine", if_absent=True)
+    assert own_store.objects == {"claim.json": b"mine"}
+
+
+def test_a_put_if_absent_whose_answer_was_lost_does_not_take_anothers_object_for_its_own(own_store) -> None:
+    own_store.objects["claim.json"] = b"another's"
+    own_store.answer = lambda number, status: 500 if number == 0 else status
+    with pytest.raises(ObjectExistsError):
+        storage.write(f"{own_store.uri}/claim.json", b"mine", if_absent=True)
+
+
+def test_a_large_put_if_absent_has_more_time(own_store, monkeypatch) -> None:
+    monkeypatch.setattr(writing, "REQUEST_S", 0.3)
+    monkeypatch.setattr(writing, "_BYTES_IN_TIME", 100)
+    own_store.answer = lambda number, status: time.sleep(0.6) or status
+    storage.write(f"{own_store.uri}/weights", b"x" * 500, if_absent=True)
+    assert own_store.asked == ["PUT"]
