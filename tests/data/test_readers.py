@@ -276,6 +276,31 @@ def test_a_damaged_packed_source_gives_what_it_can_and_an_error_for_each_other(p
     assert messages(found) == messages(read_all(manifest))
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_null_in_a_packed_table_is_the_error_of_its_row_alone(tmp_path: Path, size: int | None) -> None:
+    rows = {"uri": ["a", "b", "c"], "bytes": [b"aaa", None, b"ccc"], "size": pa.array([size] * 3, pa.int64())}
+    pq.write_table(pa.table(rows), tmp_path / "0.parquet")
+    found = read_all(manifest_of(PackedSource(str(tmp_path / "0.parquet"))))
+    assert kinds(found) == ["ok", "unreadable", "ok"]
+    assert messages(found) == ["expected the bytes of 'b', found null"]
+
+
+@pytest.mark.parametrize("uris", [[1, 2], [b"1", b"2"]])
+def test_uris_of_a_packed_table_may_be_of_any_type_a_manifest_takes(tmp_path: Path, uris: list[int | bytes]) -> None:
+    pq.write_table(pa.table({"uri": uris, "bytes": [b"x", b"y"]}), tmp_path / "0.parquet")
+    assert read_all(manifest_of(PackedSource(str(tmp_path / "0.parquet")))) == [("1", b"x"), ("2", b"y")]
+
+
+@PACKINGS
+def test_a_packed_image_over_the_byte_limit_is_an_error_and_harms_no_other(pack, tmp_path: Path) -> None:
+    manifest = manifest_of(pack(f"file://{tmp_path}"))
+    found: list[str] = []
+    for shard in manifest.shards():
+        read = read_shard(shard, manifest.images(shard), allowed_roots=EVERYWHERE, max_bytes=700 * 17)
+        found += [content.error if isinstance(content, ImageError) else "ok" for content in read]
+    assert found == ["ok"] * 18 + ["too_large"] * 2
+
+
 def test_a_tar_is_read_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_TAR_CHUNK_BYTES", 1024)
     monkeypatch.setattr(readers, "_PACKED_AHEAD", 1)
