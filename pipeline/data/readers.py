@@ -133,31 +133,56 @@ def _matched(
 
 
 def refusing_outages(
-    encoded: Iterator[bytes | ImageError], shard: Shard, *, max_storage_errors: int, accept_lost_shards: bool
+    encoded: Iterator[bytes | ImageError],
+    shard: Shard,
+    images: pa.Table,
+    *,
+    max_storage_errors: int,
+    accept_lost_shards: bool,
 ) -> Iterator[bytes | ImageError]:
     """What `read_shard` yields, ended where it looks like a store that is down or shut rather than like bad images.
 
-    Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and where all of
-    several are gone, denied, changed or not allowed, unless `accept_lost_shards`.
+    Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and, unless
+    `accept_lost_shards`, where all of several are gone, denied, changed or not allowed, and where more than
+    `max_storage_errors` are gone or denied and one that could be read no longer can.
     """
     most = min(max_storage_errors, shard.num_images - 1)
     kinds: Counter[str] = Counter()
-    for item in encoded:
+    readable: str | None = None
+    for row, item in enumerate(encoded):
         if isinstance(item, ImageError):
             kinds[item.error] += 1
             if kinds["storage_error"] > most:
                 raise StorageError(
                     f"shard {shard.shard_id}: expected at most {most} images lost to a failing store, got more, e.g. "
-                    f"{item.message}. Nothing of the shard is committed: run again when it is back"
+                    f"{item.with_cause}. Nothing of the shard is committed: run again when it is back"
                 )
+        elif readable is None and item:  # an empty object has no range to read again
+            readable = shard.source or images["uri"][row].as_py()
         yield item
+    if accept_lost_shards:
+        return
     lost = {kind: kinds[kind] for kind in _WHY_LOST if kinds[kind]}
-    if sum(lost.values()) == shard.num_images > 1 and not accept_lost_shards:
-        raise StorageError(
-            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({lost}). "
-            f"{' '.join(_WHY_LOST[kind] for kind in lost)} Run again then, or with images.accept_lost_shards to make "
-            "them error rows"
-        )
+    if sum(lost.values()) == shard.num_images > 1:
+        raise _shard_lost(shard, lost, f"none of its {shard.num_images} images can be fetched")
+    if readable is not None and kinds["not_found"] + kinds["access_denied"] > most:
+        _require_open(shard, lost, readable)
+
+
+def _require_open(shard: Shard, lost: dict[str, int], uri: str) -> None:
+    """Raises StorageError where `uri` can no longer be read: then the others were lost as it was."""
+    try:
+        storage.read(uri, 0, 1)
+    except StorageError as error:
+        told = f"{sum(lost.values())} of its {shard.num_images} images cannot be fetched, nor now one that was: {error}"
+        raise _shard_lost(shard, lost, told) from error
+
+
+def _shard_lost(shard: Shard, lost: dict[str, int], told: str) -> StorageError:
+    return StorageError(
+        f"shard {shard.shard_id}: {told} ({lost}). {' '.join(_WHY_LOST[kind] for kind in lost)} Run again then, or "
+        "with images.accept_lost_shards to make them error rows"
+    )
 
 
 # --- packed sources ------------------------------------------------------------------------------------------------
@@ -260,5 +285,6 @@ def _as_image_error(error: Exception, uri: str) -> ImageError:
     if isinstance(error, AccessDeniedError):
         return ImageError("fetch", "access_denied", f"expected to be allowed to read {uri!r}, was refused")
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno):  # pyarrow's own have no number
-        return ImageError("fetch", "storage_error", f"the store failed on {uri!r}")
+        cause = str(error).partition("\n")[0].removeprefix(f"{uri!r}: ")
+        return ImageError("fetch", "storage_error", f"the store failed on {uri!r}", cause)
     return ImageError("fetch", "unreadable", f"{uri!r} cannot be read: {type(error).__name__}")
