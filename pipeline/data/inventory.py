@@ -58,7 +58,7 @@ class InventorySource:
                     [
                         to_strings(f"s3://{row['bucket']}/{row['key']}" for row in rows),
                         [row.get("size") for row in rows],
-                        [(row.get("etag") or "").strip('"') or None for row in rows],
+                        [row.get("etag") or None for row in rows],
                         pa.nulls(len(rows), pa.string()),
                     ],
                     schema=IMAGE_SCHEMA,
