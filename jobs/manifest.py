@@ -29,7 +29,7 @@ class SourceConfig(Section):
     kind: Literal["prefix", "table", "inventory", "packed", "webdataset"] = "prefix"
     """prefix: list what lies below `uri`; table: CSV or Parquet of URIs; inventory: manifest.json of an S3 Inventory;
     packed: Parquet with columns uri, bytes and perhaps label; webdataset: tars. Of tables and the last two `uri` may
-    be one or a prefix with many."""
+    be one or a prefix with many, of which names and folders that begin with _ or a dot are left out."""
     uri: str
     """URI of the prefix, the table, the inventory's manifest.json, the packed tables or the tars."""
     root: str | None = None

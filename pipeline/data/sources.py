@@ -25,6 +25,7 @@ IMAGE_GLOBS = (
 )
 LISTED_ROWS = 8192
 TABLE_ROWS = 65536
+_NO_DATA = re.compile("(?:^|/)[_.]")  # among parts, by convention of Spark and its like
 
 LABEL_FIELD = pa.field("label", pa.string())
 IMAGE_SCHEMA = pa.schema(
@@ -174,14 +175,16 @@ def require_columns(table: str, columns: Iterable[str], there: Sequence[str]) ->
 
 
 def parts(uri: str, suffixes: tuple[str, ...]) -> list[str]:
-    """`uri` itself where it ends with one of `suffixes`, else every object below it that does, in listing order.
+    """`uri` itself where it is an object that ends with one of `suffixes`, else all such below it, in listing order.
 
-    Raises ManifestError where there is none.
+    Left out are names and folders below it that begin with `_` or `.`. Raises ManifestError where there is none.
     """
-    if uri.endswith(suffixes):
-        return [uri]
-    with readable(uri, "a prefix to list"):
-        found = [part.uri for part in storage.list_objects(uri) if part.uri.endswith(suffixes)]
+    start = len(storage.join(uri, ""))
+    with readable(uri, "an object or a prefix to list"):
+        if uri.endswith(suffixes) and storage.exists(uri):
+            return [uri]
+        listed = (part.uri for part in storage.list_objects(uri) if not _NO_DATA.search(part.uri[start:]))
+        found = [part for part in listed if part.endswith(suffixes)]
     if not found:
         raise ManifestError(f"expected objects ending in {' or '.join(suffixes)} at {uri!r}, found none")
     return found
