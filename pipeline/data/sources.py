@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -21,7 +21,7 @@ from pipeline.errors import AccessDeniedError, ManifestError, ObjectNotFoundErro
 
 IMAGE_GLOBS = (
     *("*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.webp", "*.bmp", "*.dib", "*.tif", "*.tiff"),
-    *("*.avif", "*.heic", "*.heif", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2", "*.tga", "*.ico"),
+    *("*.avif", "*.heic", "*.heif", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2"),
 )
 LISTED_ROWS = 8192
 TABLE_ROWS = 65536
@@ -34,6 +34,13 @@ IMAGE_SCHEMA = pa.schema(
 
 
 LabelKind: TypeAlias = Literal["names", "ids", "text"]
+
+
+class LabelTable(NamedTuple):
+    """Labels by URI, and what kind of label all of them are."""
+
+    labels: dict[str, str]
+    kind: LabelKind
 
 
 class Source(Protocol):
@@ -105,20 +112,17 @@ def _any_glob(globs: Sequence[str]) -> re.Pattern[str]:
 
 @dataclass(slots=True)
 class PrefixSource:
-    """Every image below a prefix; labelled by the first folder below it, by a table, or not at all.
-
-    `labels` maps URIs to labels; see `read_labels`.
-    """
+    """Every image below a prefix; labelled by the first folder below it, by a table (see `read_labels`), or not."""
 
     prefix: str
     filters: Filters = field(default_factory=Filters)
-    labels: Literal["none", "folders"] | dict[str, str] = "none"
+    labels: Literal["none", "folders"] | LabelTable = "none"
     is_packed: bool = field(default=False, init=False)
     label_kind: LabelKind = field(default="text", init=False)
 
     def __post_init__(self) -> None:
         self.prefix = storage.normalise(self.prefix)
-        self.label_kind = "text" if isinstance(self.labels, dict) else "names"
+        self.label_kind = self.labels.kind if isinstance(self.labels, LabelTable) else "names"
 
     @property
     def skipped(self) -> Counter[str]:
@@ -138,18 +142,18 @@ class PrefixSource:
                     [uris, [image.size for image in page], [image.etag for image in page], to_strings(labels)],
                     schema=IMAGE_SCHEMA,
                 )
-        if isinstance(self.labels, dict) and num_images and not num_labelled:
-            named = next(iter(self.labels), "nothing")
+        if isinstance(self.labels, LabelTable) and num_images and not num_labelled:
+            named = next(iter(self.labels.labels), "nothing")
             raise ManifestError(f"expected labels for images below {self.prefix!r}, got some for others, as {named!r}")
 
     def _label_of(self, uri: str, name: str) -> str | None:
-        if isinstance(self.labels, dict):
-            return self.labels.get(uri)
+        if isinstance(self.labels, LabelTable):
+            return self.labels.labels.get(uri)
         folder, slash, _ = name.partition("/")
         return folder if slash and self.labels == "folders" else None
 
     def describe(self) -> dict[str, Any]:
-        labels = "table" if isinstance(self.labels, dict) else self.labels
+        labels = "table" if isinstance(self.labels, LabelTable) else self.labels
         return {"source": "prefix", "uri": self.prefix, "labels": labels, **self.filters.describe()}
 
 
