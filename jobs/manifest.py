@@ -54,7 +54,7 @@ class LabelsConfig(Section):
     uri_column: str = "uri"
     """Its column with the URIs."""
     label_column: str = "label"
-    """Its column with the labels."""
+    """Its column with the labels: strings are class names, integers class ids."""
 
 
 class FiltersConfig(Section):
@@ -69,6 +69,8 @@ class FiltersConfig(Section):
     """Smallest size, in bytes."""
     max_bytes: int | None = Field(None, ge=1)
     """Largest size, in bytes; unset: any."""
+    hidden: bool = False
+    """Take what is hidden too: names and folders that begin with a dot, and the folders __MACOSX and @eaDir."""
 
 
 class ManifestConfig(JobConfig):

@@ -26,6 +26,7 @@ IMAGE_GLOBS = (
 LISTED_ROWS = 8192
 TABLE_ROWS = 65536
 _NO_DATA = re.compile("(?:^|/)[_.]")  # among parts, by convention of Spark and its like
+_HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/|@eaDir/)")  # by convention, by macOS, by Synology
 
 LABEL_FIELD = pa.field("label", pa.string())
 IMAGE_SCHEMA = pa.schema(
@@ -65,13 +66,15 @@ class Source(Protocol):
 class Filters:
     """Which objects count as images; a glob's `*` also crosses slashes, and no glob minds case.
 
-    `include` None means the known image suffixes. Sizes are in bytes. Raises ManifestError where the sizes exclude all.
+    `include` None means the known image suffixes; what is `hidden`, or in a hidden folder, counts only where that is
+    asked for. Sizes are in bytes. Raises ManifestError where the sizes exclude all.
     """
 
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     min_bytes: int = 0
     max_bytes: int | None = None
+    hidden: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
     _included: re.Pattern[str] = field(init=False)
     _excluded: re.Pattern[str] | None = field(init=False)
@@ -91,12 +94,14 @@ class Filters:
 
     def describe(self) -> dict[str, Any]:
         """The settings, for the manifest's record of how it was made."""
-        names = ("include", "exclude", "min_bytes", "max_bytes")
+        names = ("include", "exclude", "min_bytes", "max_bytes", "hidden")
         return {name: getattr(self, name) for name in names}
 
     def _reason_against(self, name: str, size: int | None) -> str | None:
         if not self._included.match(name):
             return "not_included"
+        if not self.hidden and _HIDDEN.search(name):
+            return "hidden"
         if self._excluded and self._excluded.match(name):
             return "excluded"
         if size is not None and size < self.min_bytes:

@@ -78,6 +78,22 @@ def test_labels_from_a_table_keep_the_kind_that_their_type_tells(
         assert (made.classes, [image["label"] for image in images_of(made)]) == (classes, ids)
 
 
+def test_what_is_hidden_is_no_image_and_its_folder_no_class_unless_asked_for(tmp_path: Path) -> None:
+    hidden = [".cache/1.jpg", "cat/.thumbs/2.jpg", "cat/._3.jpg", "__MACOSX/cat/4.jpg", "dog/@eaDir/5.jpg"]
+    for name in (*hidden, "cat/..6.jpg", "cat/7.jpg", "dog/8.jpg"):
+        save(f"file://{tmp_path}/{name}")
+    made = write_manifest(fresh(), PrefixSource(str(tmp_path), labels="folders"), shard_size=10)
+    assert (made.classes, made.made_from["skipped"]) == (["cat", "dog"], {"hidden": 6})
+    everything = PrefixSource(str(tmp_path), Filters(hidden=True), labels="folders")
+    assert write_manifest(fresh(), everything, shard_size=10).classes == [".cache", "__MACOSX", "cat", "dog"]
+
+
+def test_a_dot_that_stands_for_the_folder_itself_hides_nothing() -> None:
+    filters = Filters()
+    assert filters.accepts("./a.jpg", 1)  # as `tar -c .` names them
+    assert not filters.accepts("./.a.jpg", 1)
+
+
 def test_formats_that_are_never_decoded_are_no_images(tmp_path: Path) -> None:
     for name in ("a.jpg", "favicon.ico", "b.tga"):
         save(f"file://{tmp_path}/{name}")
