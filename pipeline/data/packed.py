@@ -24,6 +24,7 @@ from pipeline.data.sources import (
     TABLE_ROWS,
     Filters,
     LabelKind,
+    bare_etags,
     parts,
     readable,
     require_columns,
@@ -87,9 +88,10 @@ class PackedSource:
             images["label"], self.label_kind = label_text(images["label"], part, "label", self._kinds)
         if images["uri"].null_count:
             raise ManifestError(f"{part!r}: expected a uri in every row, got {images['uri'].null_count} empty ones")
-        cast = [images[name].cast(IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names]
+        images = {name: images[name].cast(IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names}
+        images["etag"] = bare_etags(images["etag"])
         where = [pa.repeat(pa.scalar(value, a.type), len(batch)) for value, a in zip(place, PLACE_SCHEMA, strict=True)]
-        return pa.record_batch([*cast, *where], schema=PACKED_SCHEMA)
+        return pa.record_batch([*images.values(), *where], schema=PACKED_SCHEMA)
 
     def describe(self) -> dict[str, Any]:
         return {"source": "packed", "uri": self.uri}

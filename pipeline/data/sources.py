@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.errors import AccessDeniedError, ManifestError, ObjectNotFoundError
@@ -174,6 +175,12 @@ def to_strings(values: Iterable[str | None]) -> pa.Array:
 
 def _is_utf8(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def bare_etags(etags: pa.Array) -> pa.Array:
+    """Etags, strings, without the quotes that stores answer them in and tables may keep; empty ones are unknown."""
+    bare = pc.ascii_trim(etags, '"')
+    return pc.if_else(pc.equal(bare, ""), pa.scalar(None, pa.string()), bare)
 
 
 def require_columns(table: str, columns: Iterable[str], there: Sequence[str]) -> None:

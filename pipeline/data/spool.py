@@ -92,10 +92,10 @@ def _selected(
     for batch in batches:
         is_packed = "source" in batch.schema.names
         _refuse_strangers(batch["source"].unique() if is_packed else batch["uri"], selection.allowed_roots)
-        taken = batch.set_column(batch.schema.names.index("etag"), IMAGE_SCHEMA.field("etag"), _bare(batch["etag"]))
+        taken = batch
         if selection.sample is not None:
             drawn = hash_uris(batch["uri"], selection.seed) < np.uint64(min(selection.sample, 1 - 2**-53) * 2.0**64)
-            taken = taken.filter(pa.array(drawn))
+            taken = batch.filter(pa.array(drawn))
             skipped["not_sampled"] += len(batch) - len(taken)
         if room is not None:
             taken = taken.slice(0, room)
@@ -104,12 +104,6 @@ def _selected(
             yield taken
         if room == 0:
             return
-
-
-def _bare(etags: pa.Array) -> pa.Array:
-    """Without the quotes that stores answer them in, and that a table may have kept; empty ones are unknown."""
-    bare = pc.ascii_trim(etags, '"')
-    return pc.if_else(pc.equal(bare, ""), pa.scalar(None, pa.string()), bare)
 
 
 def _refuse_strangers(uris: pa.Array, allowed_roots: Sequence[str]) -> None:

@@ -14,7 +14,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, LabelKind, LabelTable, parts, readable, require_columns
+from pipeline.data.sources import (
+    IMAGE_SCHEMA,
+    TABLE_ROWS,
+    LabelKind,
+    LabelTable,
+    bare_etags,
+    parts,
+    readable,
+    require_columns,
+)
 from pipeline.errors import ManifestError
 
 _BY_RANK: tuple[LabelKind, ...] = ("names", "text", "ids")  # what labels of several kinds are
@@ -63,11 +72,12 @@ class TableSource:
         if name == "label":
             values, self.label_kind = label_text(values, table, column, self._kinds)
         try:
-            return values.cast(wanted)
+            cast = values.cast(wanted)
         except pa.ArrowException as error:
             raise ManifestError(
                 f"{table!r}: expected column {column!r} as {wanted}, got {values.type}: {error}"
             ) from error
+        return bare_etags(cast) if name == "etag" else cast
 
     def describe(self) -> dict[str, Any]:
         return {"source": "table", "uri": self.uri, "uri_column": self.uri_column, "label_column": self.label_column}

@@ -37,6 +37,12 @@ def test_each_row_group_of_packed_parquet_is_a_shard(tmp_path: Path) -> None:
     assert [image["label"] for image in images_of(made)] == [1, 0, 1, None, 0, 2]
 
 
+def test_etags_in_quotes_are_those_without(tmp_path: Path) -> None:
+    pq.write_table(packed_table(["x", "y"], etag=['"abc"', None]), tmp_path / "p.parquet")
+    made = write_manifest(fresh(), PackedSource(str(tmp_path)), shard_size=2)
+    assert [image["etag"] for image in images_of(made)] == ["abc", None]
+
+
 def test_packed_parquet_without_its_columns_or_names_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": ["x"], "image": [b"x"]}), tmp_path / "p.parquet")
     with pytest.raises(ManifestError, match="expected a column 'bytes', found uri, image"):

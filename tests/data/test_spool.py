@@ -4,20 +4,13 @@ from pipeline.data import spool as spool_module
 from pipeline.data.manifest import write_manifest
 from pipeline.data.spool import Selection
 from pipeline.errors import ManifestError
-from tests.manifests import Row, Rows, fresh, images_of, some_rows, uris_of
+from tests.manifests import Row, Rows, fresh, some_rows, uris_of
 
 
 def test_a_duplicate_uri_is_named() -> None:
     rows = some_rows(20)
     with pytest.raises(ManifestError, match=r"twice: 's3://bucket/0007\.jpg';"):
         write_manifest(fresh(), Rows([*rows, rows[7]]), shard_size=5)
-
-
-@pytest.mark.parametrize("sample", [None, 1.0])
-def test_etags_in_quotes_are_those_without_and_empty_ones_are_unknown(sample: float | None) -> None:
-    rows: list[Row] = [(f"s3://b/{index}.jpg", 1, etag, None) for index, etag in enumerate(['"abc"', "abc", '""', ""])]
-    made = write_manifest(fresh(), Rows(rows), shard_size=5, selection=Selection(sample=sample))
-    assert [image["etag"] for image in images_of(made)] == ["abc", "abc", None, None]
 
 
 def test_equal_hashes_of_different_uris_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
