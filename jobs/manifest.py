@@ -29,7 +29,7 @@ class SourceConfig(Section):
     kind: Literal["prefix", "table", "inventory", "packed", "webdataset"] = "prefix"
     """prefix: list what lies below `uri`; table: CSV or Parquet of URIs; inventory: manifest.json of an S3 Inventory;
     packed: Parquet with columns uri, bytes and perhaps label; webdataset: tars. Of tables and the last two `uri` may
-    be one or a prefix with many."""
+    be one or a prefix with many, of which names and folders that begin with _ or a dot are left out."""
     uri: str
     """URI of the prefix, the table, the inventory's manifest.json, the packed tables or the tars."""
     root: str | None = None
@@ -54,7 +54,7 @@ class LabelsConfig(Section):
     uri_column: str = "uri"
     """Its column with the URIs."""
     label_column: str = "label"
-    """Its column with the labels."""
+    """Its column with the labels: strings are class names, integers class ids."""
 
 
 class FiltersConfig(Section):
@@ -69,6 +69,8 @@ class FiltersConfig(Section):
     """Smallest size, in bytes."""
     max_bytes: int | None = Field(None, ge=1)
     """Largest size, in bytes; unset: any."""
+    hidden: bool = False
+    """Take what is hidden too: names and folders that begin with a dot, and the folders __MACOSX and @eaDir."""
 
 
 class ManifestConfig(JobConfig):

@@ -69,15 +69,21 @@ class ImageError(PipelineError):
     """One image cannot be used; it becomes one row of the `errors` table and harms nothing else.
 
     `stage` is where it failed (`fetch`, `decode`, `preprocess`, `predict`, `encode`), `error` a stable snake_case
-    kind to group by (`not_found`, `truncated`, …), the message the rest.
+    kind to group by (`not_found`, `truncated`, …), the message the rest, the same in every run. `cause` is what a
+    library told, for whoever stops because of it.
     """
 
-    def __init__(self, stage: str, error: str, message: str) -> None:
+    def __init__(self, stage: str, error: str, message: str, cause: str = "") -> None:
         super().__init__(message)
-        self.stage, self.error, self.message = stage, error, message
+        self.stage, self.error, self.message, self.cause = stage, error, message, cause
 
-    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, str]]:
-        return type(self), (self.stage, self.error, self.message)  # crosses process boundaries
+    @property
+    def with_cause(self) -> str:
+        """The message, and what lies beneath."""
+        return f"{self.message} ({self.cause})" if self.cause else self.message
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str, str, str]]:
+        return type(self), (self.stage, self.error, self.message, self.cause)  # crosses process boundaries
 
 
 class RunError(PipelineError):

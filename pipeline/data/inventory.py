@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.sources import IMAGE_SCHEMA, Filters, LabelKind, readable, require_columns, to_strings
+from pipeline.data.sources import IMAGE_SCHEMA, Filters, LabelKind, bare_etags, readable, require_columns, to_strings
 from pipeline.data.uri_table import gunzipped, stream_csv, stream_parquet
 from pipeline.errors import ManifestError
 
@@ -58,7 +58,7 @@ class InventorySource:
                     [
                         to_strings(f"s3://{row['bucket']}/{row['key']}" for row in rows),
                         [row.get("size") for row in rows],
-                        [(row.get("etag") or "").strip('"') or None for row in rows],
+                        bare_etags(pa.array([row.get("etag") for row in rows], pa.string())),
                         pa.nulls(len(rows), pa.string()),
                     ],
                     schema=IMAGE_SCHEMA,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from pipeline.data.sources import (
     TABLE_ROWS,
     Filters,
     LabelKind,
+    bare_etags,
     parts,
     readable,
     require_columns,
@@ -44,6 +45,7 @@ PLACE_SCHEMA = pa.schema(
 PACKED_SCHEMA = pa.schema([*IMAGE_SCHEMA, *PLACE_SCHEMA])
 _BLOCK_BYTES = 512  # of a tar
 _TARS_AT_ONCE = 8
+_TAIL_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
@@ -86,9 +88,10 @@ class PackedSource:
             images["label"], self.label_kind = label_text(images["label"], part, "label", self._kinds)
         if images["uri"].null_count:
             raise ManifestError(f"{part!r}: expected a uri in every row, got {images['uri'].null_count} empty ones")
-        cast = [images[name].cast(IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names]
+        images = {name: images[name].cast(IMAGE_SCHEMA.field(name).type) for name in IMAGE_SCHEMA.names}
+        images["etag"] = bare_etags(images["etag"])
         where = [pa.repeat(pa.scalar(value, a.type), len(batch)) for value, a in zip(place, PLACE_SCHEMA, strict=True)]
-        return pa.record_batch([*cast, *where], schema=PACKED_SCHEMA)
+        return pa.record_batch([*images.values(), *where], schema=PACKED_SCHEMA)
 
     def describe(self) -> dict[str, Any]:
         return {"source": "packed", "uri": self.uri}
@@ -124,7 +127,9 @@ class WebDatasetSource:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         tars = parts(self.uri, (".tar",))
-        for tar, etag, members in storage.map_concurrently(_walk, tars, _TARS_AT_ONCE):
+        for tar, etag, members, num_others in storage.map_concurrently(_walk, tars, _TARS_AT_ONCE):
+            if num_others:
+                self.skipped["not_a_file"] += num_others
             accepted = (member for member in members if self.filters.accepts(member.name, member.size))
             yield from iter(partial(_next_batch, accepted, tar, etag), None)
 
@@ -151,11 +156,12 @@ def _next_batch(members: Iterator[_Member], tar: str, etag: str | None) -> pa.Re
     return pa.record_batch(columns, schema=PACKED_SCHEMA)
 
 
-def _walk(tar: str) -> tuple[str, str | None, list[_Member]]:
-    """All members of a tar but the `.cls`, whose text becomes the label of their sample's other members."""
+def _walk(tar: str) -> tuple[str, str | None, list[_Member], int]:
+    """The files of a tar but its `.cls`, whose text becomes their sample's label; how many links and the like."""
     etag = storage.head(tar).etag
     members: list[_Member] = []
-    labels: dict[str, str] = {}
+    labels: dict[str, str | None] = {}
+    num_others = 0
     try:
         with (
             readable(tar, "a WebDataset tar"),
@@ -165,20 +171,40 @@ def _walk(tar: str) -> tuple[str, str | None, list[_Member]]:
             for entry in archive:
                 key, extension = _key_and_extension(entry.name)
                 if not entry.isreg():
+                    num_others += not entry.isdir()
                     continue
                 if extension == "cls":
                     content = archive.extractfile(entry)
                     assert content is not None
-                    labels[key] = content.read().decode().strip()
+                    labels[key] = content.read().decode().strip() or None
                     continue
                 end = entry.offset_data + -(-entry.size // _BLOCK_BYTES) * _BLOCK_BYTES
                 members.append(_Member(entry.name, entry.size, None, entry.offset, end))
+            _require_end(file, archive.offset)
     except tarfile.TarError as error:
         raise ManifestError(f"expected a WebDataset tar at {tar!r}, got one that cannot be read: {error}") from error
-    return tar, etag, [_labelled(member, labels) for member in members]
+    return tar, etag, [_labelled(member, labels) for member in members], num_others
 
 
-def _labelled(member: _Member, labels: dict[str, str]) -> _Member:
+def _require_end(file: IO[bytes], end: int) -> None:
+    """Raises TarError where the archive does not end at `end`, with zeros alone, a block or more.
+
+    tarfile takes a header that is damaged or cut for the end, and does not look behind it.
+    """
+    file.seek(end)
+    found = file.read(_BLOCK_BYTES)
+    if len(found) < _BLOCK_BYTES or any(found):
+        raise tarfile.ReadError(f"expected a member or the archive's end at byte {end}, got neither; make it anew")
+    while found:
+        if found.count(0) != len(found):
+            raise tarfile.ReadError(
+                f"expected nothing behind the archive's end at byte {end}, got more, as where tars were joined by cat; "
+                "make it anew, or keep them apart"
+            )
+        found = file.read(_TAIL_BYTES)
+
+
+def _labelled(member: _Member, labels: dict[str, str | None]) -> _Member:
     key, _ = _key_and_extension(member.name)
     return _Member(member.name, member.size, labels.get(key), member.start, member.end)
 

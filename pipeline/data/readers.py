@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +33,8 @@ _WHY_LOST = {  # what loses all of a shard is rarely its images
     "changed": "Were the images written anew after their manifest? Make another of them as they are.",
     "not_allowed": "Do images.allowed_roots name where they lie?",
 }
+_Found: TypeAlias = tuple[str, bytes | ImageError]
+"""A packed image's uri, and its bytes or why they cannot be had."""
 
 
 class ReadLimits(Section):
@@ -44,7 +47,7 @@ class ReadLimits(Section):
     fetch_concurrency: int = Field(32, ge=1, le=512)
     """Requests in flight for a shard, of which an actor may work on two; or per training worker."""
     max_bytes: int = Field(1 << 30, ge=1)
-    """Objects larger than this, in bytes, are refused before they are fetched."""
+    """Images larger than this, in bytes, are refused, loose ones before they are fetched."""
 
     @field_validator("allowed_roots")
     @classmethod
@@ -74,7 +77,7 @@ def read_shard(
 
     Streams: at most `2 * concurrency` loose images and, where the manifest tells sizes, 256 MB are held ahead of the
     reader, or 64 packed ones and some 32 MB. The errors have stage `fetch`: `not_found`, `access_denied`, `changed`
-    (another size or etag than the manifest's), `too_large` (loose, over `max_bytes`), `not_allowed` (outside
+    (another size or etag than the manifest's), `too_large` (over `max_bytes`), `not_allowed` (outside
     `allowed_roots`), `storage_error` (the store failed, after its retries), `unreadable` (a damaged packed source).
     Nothing is raised for an image.
     """
@@ -87,7 +90,7 @@ def read_shard(
         return
     error = None if _is_allowed(shard.source, allowed_roots) else _not_allowed(shard.source)
     read_source = _read_tar if shard.source_row_group is None else _read_row_group
-    found = iter(()) if error else storage.run_ahead(read_source(shard), _PACKED_AHEAD)
+    found = iter(()) if error else storage.run_ahead(read_source(shard, max_bytes), _PACKED_AHEAD)
     yield from _matched(rows, found, shard.source, error)
 
 
@@ -98,10 +101,10 @@ def fetch_image(image: ImageRef, *, allowed_roots: Sequence[str], max_bytes: int
     try:
         size = storage.head(image.uri).size if image.size is None else image.size
         if size > max_bytes:
-            return ImageError(
-                "fetch", "too_large", f"expected at most {max_bytes} bytes in {image.uri!r}, found {size}"
-            )
+            return _too_large(image.uri, size, max_bytes)
         found = storage.read_object(image.uri)
+    except MemoryError:
+        raise
     except Exception as error:
         return _as_image_error(error, image.uri)
     if image.etag is not None and found.etag is not None and image.etag != found.etag:
@@ -110,17 +113,17 @@ def fetch_image(image: ImageRef, *, allowed_roots: Sequence[str], max_bytes: int
 
 
 def _matched(
-    rows: list[ImageRef], found: Iterator[tuple[str, bytes]], source: str, error: ImageError | None
+    rows: list[ImageRef], found: Iterator[_Found], source: str, error: ImageError | None
 ) -> Iterator[bytes | ImageError]:
     """`found` against the manifest's rows, in the same order, perhaps fewer; after an error, one for each row left."""
     done = 0
     try:
-        for uri, data in found:
+        for uri, content in found:
             if done == len(rows):
                 return
             if uri == rows[done].uri:
                 done += 1
-                yield _of_expected_size(rows[done - 1], data)
+                yield content if isinstance(content, ImageError) else _of_expected_size(rows[done - 1], content)
     except MemoryError:
         raise
     except Exception as exception:
@@ -130,48 +133,79 @@ def _matched(
 
 
 def refusing_outages(
-    encoded: Iterator[bytes | ImageError], shard: Shard, *, max_storage_errors: int, accept_lost_shards: bool
+    encoded: Iterator[bytes | ImageError],
+    shard: Shard,
+    images: pa.Table,
+    *,
+    max_storage_errors: int,
+    accept_lost_shards: bool,
 ) -> Iterator[bytes | ImageError]:
     """What `read_shard` yields, ended where it looks like a store that is down or shut rather than like bad images.
 
-    Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and where all of
-    several are gone, denied, changed or not allowed, unless `accept_lost_shards`.
+    Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and, unless
+    `accept_lost_shards`, where all of several are gone, denied, changed or not allowed, and where more than
+    `max_storage_errors` are gone or denied and one that could be read no longer can.
     """
     most = min(max_storage_errors, shard.num_images - 1)
     kinds: Counter[str] = Counter()
-    for item in encoded:
+    readable: str | None = None
+    for row, item in enumerate(encoded):
         if isinstance(item, ImageError):
             kinds[item.error] += 1
             if kinds["storage_error"] > most:
                 raise StorageError(
                     f"shard {shard.shard_id}: expected at most {most} images lost to a failing store, got more, e.g. "
-                    f"{item.message}. Nothing of the shard is committed: run again when it is back"
+                    f"{item.with_cause}. Nothing of the shard is committed: run again when it is back"
                 )
+        elif readable is None and item:  # an empty object has no range to read again
+            readable = shard.source or images["uri"][row].as_py()
         yield item
+    if accept_lost_shards:
+        return
     lost = {kind: kinds[kind] for kind in _WHY_LOST if kinds[kind]}
-    if sum(lost.values()) == shard.num_images > 1 and not accept_lost_shards:
-        raise StorageError(
-            f"shard {shard.shard_id}: none of its {shard.num_images} images can be fetched ({lost}). "
-            f"{' '.join(_WHY_LOST[kind] for kind in lost)} Run again then, or with images.accept_lost_shards to make "
-            "them error rows"
-        )
+    if sum(lost.values()) == shard.num_images > 1:
+        raise _shard_lost(shard, lost, f"none of its {shard.num_images} images can be fetched")
+    if readable is not None and kinds["not_found"] + kinds["access_denied"] > most:
+        _require_open(shard, lost, readable)
+
+
+def _require_open(shard: Shard, lost: dict[str, int], uri: str) -> None:
+    """Raises StorageError where `uri` can no longer be read: then the others were lost as it was."""
+    try:
+        storage.read(uri, 0, 1)
+    except StorageError as error:
+        told = f"{sum(lost.values())} of its {shard.num_images} images cannot be fetched, nor now one that was: {error}"
+        raise _shard_lost(shard, lost, told) from error
+
+
+def _shard_lost(shard: Shard, lost: dict[str, int], told: str) -> StorageError:
+    return StorageError(
+        f"shard {shard.shard_id}: {told} ({lost}). {' '.join(_WHY_LOST[kind] for kind in lost)} Run again then, or "
+        "with images.accept_lost_shards to make them error rows"
+    )
 
 
 # --- packed sources ------------------------------------------------------------------------------------------------
 
 
-def _read_row_group(shard: Shard) -> Iterator[tuple[str, bytes]]:
+def _read_row_group(shard: Shard, max_bytes: int) -> Iterator[_Found]:
     assert shard.source is not None
     _refuse_changed(shard, storage.head(shard.source).etag)
     with storage.open_file(shard.source) as file:
         table = pq.ParquetFile(file, buffer_size=_PACKED_READ_BYTES, pre_buffer=False)
         batches = table.iter_batches(_PACKED_ROWS, row_groups=[shard.source_row_group], columns=["uri", "bytes"])
         for batch in batches:
-            for uri, data in zip(batch["uri"], batch["bytes"], strict=True):
-                yield uri.as_py(), data.as_py()
+            for uri, content in zip(batch["uri"].cast(pa.string()).to_pylist(), batch["bytes"], strict=True):
+                yield uri, _of_row(uri, content.as_py(), max_bytes)
 
 
-def _read_tar(shard: Shard) -> Iterator[tuple[str, bytes]]:
+def _of_row(uri: str, content: bytes | None, max_bytes: int) -> bytes | ImageError:
+    if content is None:
+        return ImageError("fetch", "unreadable", f"expected the bytes of {uri!r}, found null")
+    return content if len(content) <= max_bytes else _too_large(uri, len(content), max_bytes)
+
+
+def _read_tar(shard: Shard, max_bytes: int) -> Iterator[_Found]:
     assert shard.source is not None
     assert shard.source_start is not None
     assert shard.source_end is not None
@@ -182,7 +216,8 @@ def _read_tar(shard: Shard) -> Iterator[tuple[str, bytes]]:
         for member in archive:
             content = archive.extractfile(member) if member.isreg() else None
             if content is not None:
-                yield storage.join(shard.source, member.name), content.read()
+                uri = storage.join(shard.source, member.name)
+                yield uri, content.read() if member.size <= max_bytes else _too_large(uri, member.size, max_bytes)
 
 
 def _read_chunk(shard: Shard, start: int) -> bytes:
@@ -228,6 +263,10 @@ def _changed(uri: str, expected: str, found: str) -> ImageError:
     return ImageError("fetch", "changed", f"expected {uri!r} with {expected}, as in the manifest, found {found}")
 
 
+def _too_large(uri: str, size: int, max_bytes: int) -> ImageError:
+    return ImageError("fetch", "too_large", f"expected at most {max_bytes} bytes in {uri!r}, found {size}")
+
+
 def _refuse_changed(shard: Shard, etag: str | None) -> None:
     if shard.source_etag is not None and etag is not None and shard.source_etag != etag:
         assert shard.source is not None
@@ -246,5 +285,6 @@ def _as_image_error(error: Exception, uri: str) -> ImageError:
     if isinstance(error, AccessDeniedError):
         return ImageError("fetch", "access_denied", f"expected to be allowed to read {uri!r}, was refused")
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno):  # pyarrow's own have no number
-        return ImageError("fetch", "storage_error", f"the store failed on {uri!r}")
+        cause = str(error).partition("\n")[0].removeprefix(f"{uri!r}: ")
+        return ImageError("fetch", "storage_error", f"the store failed on {uri!r}", cause)
     return ImageError("fetch", "unreadable", f"{uri!r} cannot be read: {type(error).__name__}")

@@ -12,19 +12,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import translate
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.errors import AccessDeniedError, ManifestError, ObjectNotFoundError
 
 IMAGE_GLOBS = (
     *("*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.webp", "*.bmp", "*.dib", "*.tif", "*.tiff"),
-    *("*.avif", "*.heic", "*.heif", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2", "*.tga", "*.ico"),
+    *("*.avif", "*.heic", "*.heif", "*.ppm", "*.pgm", "*.pbm", "*.pnm", "*.jp2"),
 )
 LISTED_ROWS = 8192
 TABLE_ROWS = 65536
+_NO_DATA = re.compile("(?:^|/)[_.]")  # among parts, by convention of Spark and its like
+_HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/|@eaDir/)")  # by convention, by macOS, by Synology
 
 LABEL_FIELD = pa.field("label", pa.string())
 IMAGE_SCHEMA = pa.schema(
@@ -33,6 +36,13 @@ IMAGE_SCHEMA = pa.schema(
 
 
 LabelKind: TypeAlias = Literal["names", "ids", "text"]
+
+
+class LabelTable(NamedTuple):
+    """Labels by URI, and what kind of label all of them are."""
+
+    labels: dict[str, str]
+    kind: LabelKind
 
 
 class Source(Protocol):
@@ -57,13 +67,15 @@ class Source(Protocol):
 class Filters:
     """Which objects count as images; a glob's `*` also crosses slashes, and no glob minds case.
 
-    `include` None means the known image suffixes. Sizes are in bytes. Raises ManifestError where the sizes exclude all.
+    `include` None means the known image suffixes; what is `hidden`, or in a hidden folder, counts only where that is
+    asked for. Sizes are in bytes. Raises ManifestError where the sizes exclude all.
     """
 
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     min_bytes: int = 0
     max_bytes: int | None = None
+    hidden: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
     _included: re.Pattern[str] = field(init=False)
     _excluded: re.Pattern[str] | None = field(init=False)
@@ -83,12 +95,14 @@ class Filters:
 
     def describe(self) -> dict[str, Any]:
         """The settings, for the manifest's record of how it was made."""
-        names = ("include", "exclude", "min_bytes", "max_bytes")
+        names = ("include", "exclude", "min_bytes", "max_bytes", "hidden")
         return {name: getattr(self, name) for name in names}
 
     def _reason_against(self, name: str, size: int | None) -> str | None:
         if not self._included.match(name):
             return "not_included"
+        if not self.hidden and _HIDDEN.search(name):
+            return "hidden"
         if self._excluded and self._excluded.match(name):
             return "excluded"
         if size is not None and size < self.min_bytes:
@@ -104,20 +118,17 @@ def _any_glob(globs: Sequence[str]) -> re.Pattern[str]:
 
 @dataclass(slots=True)
 class PrefixSource:
-    """Every image below a prefix; labelled by the first folder below it, by a table, or not at all.
-
-    `labels` maps URIs to labels; see `read_labels`.
-    """
+    """Every image below a prefix; labelled by the first folder below it, by a table (see `read_labels`), or not."""
 
     prefix: str
     filters: Filters = field(default_factory=Filters)
-    labels: Literal["none", "folders"] | dict[str, str] = "none"
+    labels: Literal["none", "folders"] | LabelTable = "none"
     is_packed: bool = field(default=False, init=False)
     label_kind: LabelKind = field(default="text", init=False)
 
     def __post_init__(self) -> None:
         self.prefix = storage.normalise(self.prefix)
-        self.label_kind = "text" if isinstance(self.labels, dict) else "names"
+        self.label_kind = self.labels.kind if isinstance(self.labels, LabelTable) else "names"
 
     @property
     def skipped(self) -> Counter[str]:
@@ -137,18 +148,18 @@ class PrefixSource:
                     [uris, [image.size for image in page], [image.etag for image in page], to_strings(labels)],
                     schema=IMAGE_SCHEMA,
                 )
-        if isinstance(self.labels, dict) and num_images and not num_labelled:
-            named = next(iter(self.labels), "nothing")
+        if isinstance(self.labels, LabelTable) and num_images and not num_labelled:
+            named = next(iter(self.labels.labels), "nothing")
             raise ManifestError(f"expected labels for images below {self.prefix!r}, got some for others, as {named!r}")
 
     def _label_of(self, uri: str, name: str) -> str | None:
-        if isinstance(self.labels, dict):
-            return self.labels.get(uri)
+        if isinstance(self.labels, LabelTable):
+            return self.labels.labels.get(uri)
         folder, slash, _ = name.partition("/")
         return folder if slash and self.labels == "folders" else None
 
     def describe(self) -> dict[str, Any]:
-        labels = "table" if isinstance(self.labels, dict) else self.labels
+        labels = "table" if isinstance(self.labels, LabelTable) else self.labels
         return {"source": "prefix", "uri": self.prefix, "labels": labels, **self.filters.describe()}
 
 
@@ -166,6 +177,12 @@ def _is_utf8(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def bare_etags(etags: pa.Array) -> pa.Array:
+    """Etags, strings, without the quotes that stores answer them in and tables may keep; empty ones are unknown."""
+    bare = pc.ascii_trim(etags, '"')
+    return pc.if_else(pc.equal(bare, ""), pa.scalar(None, pa.string()), bare)
+
+
 def require_columns(table: str, columns: Iterable[str], there: Sequence[str]) -> None:
     """Raises ManifestError naming the first of `columns` that is missing, and those that are there."""
     for column in columns:
@@ -174,14 +191,16 @@ def require_columns(table: str, columns: Iterable[str], there: Sequence[str]) ->
 
 
 def parts(uri: str, suffixes: tuple[str, ...]) -> list[str]:
-    """`uri` itself where it ends with one of `suffixes`, else every object below it that does, in listing order.
+    """`uri` itself where it is an object that ends with one of `suffixes`, else all such below it, in listing order.
 
-    Raises ManifestError where there is none.
+    Left out are names and folders below it that begin with `_` or `.`. Raises ManifestError where there is none.
     """
-    if uri.endswith(suffixes):
-        return [uri]
-    with readable(uri, "a prefix to list"):
-        found = [part.uri for part in storage.list_objects(uri) if part.uri.endswith(suffixes)]
+    start = len(storage.join(uri, ""))
+    with readable(uri, "an object or a prefix to list"):
+        if uri.endswith(suffixes) and storage.exists(uri):
+            return [uri]
+        listed = (part.uri for part in storage.list_objects(uri) if not _NO_DATA.search(part.uri[start:]))
+        found = [part for part in listed if part.endswith(suffixes)]
     if not found:
         raise ManifestError(f"expected objects ending in {' or '.join(suffixes)} at {uri!r}, found none")
     return found

@@ -158,7 +158,8 @@ class TrainLoader:
         try:
             if isinstance(item.data, ImageError):
                 if item.data.error == "storage_error":
-                    raise StorageError(f"{item.data}; training goes on from its last checkpoint when the store is back")
+                    cause = item.data.with_cause
+                    raise StorageError(f"{cause}; training goes on from its last checkpoint when the store is back")
                 raise item.data
             assert item.data is not None
             image = images.decode(item.data, max_pixels=self.limits.max_pixels)

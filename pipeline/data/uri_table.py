@@ -14,7 +14,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.sources import IMAGE_SCHEMA, TABLE_ROWS, LabelKind, parts, readable, require_columns
+from pipeline.data.sources import (
+    IMAGE_SCHEMA,
+    TABLE_ROWS,
+    LabelKind,
+    LabelTable,
+    bare_etags,
+    parts,
+    readable,
+    require_columns,
+)
 from pipeline.errors import ManifestError
 
 _BY_RANK: tuple[LabelKind, ...] = ("names", "text", "ids")  # what labels of several kinds are
@@ -63,27 +72,29 @@ class TableSource:
         if name == "label":
             values, self.label_kind = label_text(values, table, column, self._kinds)
         try:
-            return values.cast(wanted)
+            cast = values.cast(wanted)
         except pa.ArrowException as error:
             raise ManifestError(
                 f"{table!r}: expected column {column!r} as {wanted}, got {values.type}: {error}"
             ) from error
+        return bare_etags(cast) if name == "etag" else cast
 
     def describe(self) -> dict[str, Any]:
         return {"source": "table", "uri": self.uri, "uri_column": self.uri_column, "label_column": self.label_column}
 
 
-def read_labels(uri: str, *, uri_column: str = "uri", label_column: str = "label", root: str) -> dict[str, str]:
-    """Labels by URI from a CSV or Parquet table, which must fit memory (some 200 bytes a row).
+def read_labels(uri: str, *, uri_column: str = "uri", label_column: str = "label", root: str) -> LabelTable:
+    """Labels by URI, and their kind, from a CSV or Parquet table, which must fit memory (some 200 bytes a row).
 
     Relative names lie below `root`. Raises ManifestError.
     """
     labels: dict[str, str] = {}
-    for batch in TableSource(uri, uri_column=uri_column, label_column=label_column, root=root).batches():
+    source = TableSource(uri, uri_column=uri_column, label_column=label_column, root=root)
+    for batch in source.batches():
         for image, label in zip(batch["uri"].to_pylist(), batch["label"].to_pylist(), strict=True):
             if labels.setdefault(image, label) != label:
                 raise ManifestError(f"{uri!r}: expected one label for {image!r}, got {labels[image]!r} and {label!r}")
-    return labels
+    return LabelTable(labels, source.label_kind)
 
 
 def label_text(labels: pa.Array, table: str, column: str, kinds: dict[LabelKind, str]) -> tuple[pa.Array, LabelKind]:

@@ -41,8 +41,9 @@ class ImagesConfig(ReadLimits):
     """How images are read."""
 
     accept_lost_shards: bool = False
-    """Make error rows of a shard none of whose images can be fetched; else that stops the run: a folder that is not
-    mounted, a key that was withdrawn, a manifest that is out of date or a root that was left out looks just so."""
+    """Make error rows of a shard none of whose images can be fetched, or none any longer; else that stops the run: a
+    folder that is not mounted, a key that was withdrawn, a manifest that is out of date or a root that was left out
+    looks just so."""
     reduced_decode: int | None = Field(None, ge=2, le=16)
     """Decode JPEGs at a half, a quarter or an eighth of their size, as long as the shorter side stays at this many
     times `resize_size`: at 2 up to three times faster on photos of many megapixels. It costs accuracy: published
@@ -73,6 +74,7 @@ class ImagesConfig(ReadLimits):
         return refusing_outages(
             encoded,
             shard,
+            images,
             max_storage_errors=self.max_storage_errors,
             accept_lost_shards=self.accept_lost_shards,
         )

@@ -137,7 +137,7 @@ def translated(uri: str) -> Iterator[None]:
     """Errors of the libraries, which share no base, as this package's; their first line says enough."""
     try:
         yield
-    except PipelineError:
+    except (PipelineError, MemoryError):
         raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ObjectNotFoundError(f"expected an object at {uri!r}, found none") from error

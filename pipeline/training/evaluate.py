@@ -315,5 +315,7 @@ def _load(shard: Shard, images: pa.Table, setup: Setup, log: LoadLog) -> Iterato
 def _refusing_outages(encoded: Iterable[bytes | ImageError]) -> Iterator[bytes | ImageError]:
     for item in encoded:
         if isinstance(item, ImageError) and item.error == "storage_error":
-            raise StorageError(f"{item}; an evaluation that skips such images would be another one: run it again later")
+            raise StorageError(
+                f"{item.with_cause}; an evaluation that skips such images would be another one: run it again later"
+            )
         yield item

@@ -41,7 +41,7 @@ INVENTORY = {
     "IsLatest": ["true", "false", "true", "true", "true"],
     "IsDeleteMarker": ["false", "false", "true", "false", "false"],
     "Size": ["10", "20", "", "40", "50"],
-    "ETag": ["e0", "e1", "", "e3", "e4"],
+    "ETag": ['"e0"', "e1", "", "e3", "e4"],
 }
 
 

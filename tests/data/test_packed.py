@@ -37,6 +37,12 @@ def test_each_row_group_of_packed_parquet_is_a_shard(tmp_path: Path) -> None:
     assert [image["label"] for image in images_of(made)] == [1, 0, 1, None, 0, 2]
 
 
+def test_etags_in_quotes_are_those_without(tmp_path: Path) -> None:
+    pq.write_table(packed_table(["x", "y"], etag=['"abc"', None]), tmp_path / "p.parquet")
+    made = write_manifest(fresh(), PackedSource(str(tmp_path)), shard_size=2)
+    assert [image["etag"] for image in images_of(made)] == ["abc", None]
+
+
 def test_packed_parquet_without_its_columns_or_names_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": ["x"], "image": [b"x"]}), tmp_path / "p.parquet")
     with pytest.raises(ManifestError, match="expected a column 'bytes', found uri, image"):
@@ -84,6 +90,12 @@ def test_webdataset_tars_are_cut_on_member_boundaries(tmp_path: Path, tar_format
         assert {image["uri"] for image in made.images(shard).to_pylist()} <= names
 
 
+def test_an_empty_cls_is_no_label(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.cls": b"\n", "b.jpg": b"x", "b.cls": b"cat"})
+    made = write_manifest(fresh(), WebDatasetSource(str(tmp_path / "0.tar")), shard_size=2)
+    assert (made.classes, [image["label"] for image in images_of(made)]) == (["cat"], [None, 0])
+
+
 def test_class_names_in_a_webdataset_stay_names(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "a.cls": b"dog", "b.jpg": b"x", "b.cls": b"cat"})
     assert write_manifest(fresh(), WebDatasetSource(str(tmp_path / "0.tar")), shard_size=2).classes == ["cat", "dog"]
@@ -96,9 +108,47 @@ def test_what_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
         write_manifest(fresh(), WebDatasetSource(str(tmp_path)), shard_size=2)
 
 
-def test_a_truncated_tar_is_named(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", {"a.jpg": b"x" * 6000, "b.jpg": b"x" * 6000})
+TWO = {"a.jpg": b"x" * 6000, "b.jpg": b"x" * 6000}  # the second header is at 6656, the archive's end at 13312
+
+
+@pytest.mark.parametrize("num_bytes", [9000, 6656 + 100, 6656, 13312, 13312 + 100])
+def test_a_truncated_tar_is_named(tmp_path: Path, num_bytes: int) -> None:
+    write_tar(tmp_path / "0.tar", TWO)
     whole = (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "0.tar").write_bytes(whole[:9000])
+    (tmp_path / "0.tar").write_bytes(whole[:num_bytes])
     with pytest.raises(ManifestError, match=r"WebDataset tar at .*0\.tar"):
         write_manifest(fresh(), WebDatasetSource(str(tmp_path)), shard_size=2)
+
+
+@pytest.mark.parametrize("damage", [b"\xff", bytes(512)])
+def test_a_tar_with_a_damaged_header_is_named_rather_than_read_in_part(tmp_path: Path, damage: bytes) -> None:
+    write_tar(tmp_path / "0.tar", TWO)
+    content = bytearray((tmp_path / "0.tar").read_bytes())
+    content[6656 : 6656 + len(damage)] = damage
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(ManifestError, match=r"WebDataset tar at .*0\.tar.* at byte 6656"):
+        write_manifest(fresh(), WebDatasetSource(str(tmp_path)), shard_size=2)
+
+
+def test_tars_joined_by_cat_are_refused_rather_than_read_in_part(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", TWO)
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes() * 2)
+    with pytest.raises(ManifestError, match="nothing behind the archive's end at byte 13312, got more"):
+        write_manifest(fresh(), WebDatasetSource(str(tmp_path)), shard_size=2)
+
+
+def test_a_tar_may_end_with_a_single_block_of_zeros(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", TWO)
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: 13312 + 512])
+    assert write_manifest(fresh(), WebDatasetSource(str(tmp_path)), shard_size=2).num_images == 2
+
+
+def test_links_in_a_tar_are_counted_as_skipped_and_folders_are_not(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(b"x")
+    (tmp_path / "images/soft.jpg").symlink_to("a.jpg")
+    (tmp_path / "images/hard.jpg").hardlink_to(tmp_path / "images/a.jpg")
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.add(tmp_path / "images", "images")
+    made = write_manifest(fresh(), WebDatasetSource(str(tmp_path / "0.tar")), shard_size=2)
+    assert (made.num_images, made.made_from["skipped"]) == (1, {"not_a_file": 2})

@@ -5,7 +5,7 @@ import os
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from uuid import uuid4
@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.data import readers
 from pipeline.data.manifest import Manifest, Shard, write_manifest
 from pipeline.data.packed import PackedSource, WebDatasetSource
-from pipeline.data.readers import read_shard
+from pipeline.data.readers import ImageRef, fetch_image, read_shard, refusing_outages
 from pipeline.data.sources import PrefixSource, Source
 from pipeline.data.spool import Selection
 from pipeline.errors import ImageError, StorageError
@@ -158,6 +158,59 @@ def test_reading_stays_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.M
     assert len(begun) <= 10 + 2 * 4
 
 
+def guarded(manifest: Manifest, *, accept_lost_shards: bool = False) -> Iterator[bytes | ImageError]:
+    """The images of a manifest's only shard."""
+    [shard] = manifest.shards()
+    images = manifest.images(shard)
+    encoded = read_shard(shard, images, allowed_roots=EVERYWHERE, max_bytes=MAX_BYTES, concurrency=1)
+    return refusing_outages(encoded, shard, images, max_storage_errors=10, accept_lost_shards=accept_lost_shards)
+
+
+def manifest_of_forty(folder: Path) -> Manifest:
+    for number in range(40):
+        storage.write(f"file://{folder}/{number:02d}.jpg", b"1")
+    return manifest_of(PrefixSource(f"file://{folder}"))
+
+
+@pytest.mark.parametrize("accept_lost_shards", [False, True])
+def test_a_folder_that_goes_in_the_middle_of_a_shard_is_an_outage(tmp_path: Path, accept_lost_shards: bool) -> None:
+    contents = guarded(manifest_of_forty(tmp_path / "photos"), accept_lost_shards=accept_lost_shards)
+    assert [next(contents) for _ in range(20)] == [b"1"] * 20
+    (tmp_path / "photos").rename(tmp_path / "unmounted")
+    if accept_lost_shards:
+        assert len(list(contents)) == 20
+        return
+    expected = r"(18|19|20) of its 40 images cannot be fetched, nor now one that was: .*Is the folder mounted"
+    with pytest.raises(StorageError, match=expected):
+        list(contents)
+
+
+def test_many_images_that_are_gone_are_errors_where_their_neighbours_are_there(tmp_path: Path) -> None:
+    manifest = manifest_of_forty(tmp_path)
+    for number in range(10, 30):
+        storage.delete(f"file://{tmp_path}/{number}.jpg")
+    assert sum(isinstance(content, ImageError) for content in guarded(manifest)) == 20
+
+
+def test_a_failing_store_is_told_with_its_cause(tmp_path: Path) -> None:
+    uris = [f"file://{tmp_path}/\0{number}.jpg" for number in range(30)]  # no file system takes these
+    images = pa.table({"uri": uris, "size": [1] * 30, "etag": pa.nulls(30, pa.string())})
+    shard = Shard(0, "images-00000.parquet", 0, 30, 30)
+    encoded = read_shard(shard, images, allowed_roots=EVERYWHERE, max_bytes=MAX_BYTES)
+    with pytest.raises(StorageError, match=r"the store failed on .*\(ValueError: embedded null byte\)\. Nothing of"):
+        list(refusing_outages(encoded, shard, images, max_storage_errors=10, accept_lost_shards=False))
+
+
+def test_memory_that_runs_out_is_no_error_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pread(*_: int) -> bytes:
+        raise MemoryError
+
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(MemoryError):
+        fetch_image(ImageRef(f"file://{tmp_path}/a.jpg", 1, None), allowed_roots=EVERYWHERE, max_bytes=MAX_BYTES)
+
+
 # --- packed images -------------------------------------------------------------------------------------------------
 
 CONTENTS = {f"{number:02d}.jpg": Random(number).randbytes(700 * number) for number in range(20)}
@@ -274,6 +327,41 @@ def test_a_damaged_packed_source_gives_what_it_can_and_an_error_for_each_other(p
     assert isinstance(found[0][1], bytes) or pack is pack_parquet
     assert {"unreadable", "not_found"} & set(kinds(found))
     assert messages(found) == messages(read_all(manifest))
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_null_in_a_packed_table_is_the_error_of_its_row_alone(tmp_path: Path, size: int | None) -> None:
+    rows = {"uri": ["a", "b", "c"], "bytes": [b"aaa", None, b"ccc"], "size": pa.array([size] * 3, pa.int64())}
+    pq.write_table(pa.table(rows), tmp_path / "0.parquet")
+    found = read_all(manifest_of(PackedSource(str(tmp_path / "0.parquet"))))
+    assert kinds(found) == ["ok", "unreadable", "ok"]
+    assert messages(found) == ["expected the bytes of 'b', found null"]
+
+
+@pytest.mark.parametrize("uris", [[1, 2], [b"1", b"2"]])
+def test_uris_of_a_packed_table_may_be_of_any_type_a_manifest_takes(tmp_path: Path, uris: list[int | bytes]) -> None:
+    pq.write_table(pa.table({"uri": uris, "bytes": [b"x", b"y"]}), tmp_path / "0.parquet")
+    assert read_all(manifest_of(PackedSource(str(tmp_path / "0.parquet")))) == [("1", b"x"), ("2", b"y")]
+
+
+@PACKINGS
+def test_a_packed_image_over_the_byte_limit_is_an_error_and_harms_no_other(pack, tmp_path: Path) -> None:
+    manifest = manifest_of(pack(f"file://{tmp_path}"))
+    found: list[str] = []
+    for shard in manifest.shards():
+        read = read_shard(shard, manifest.images(shard), allowed_roots=EVERYWHERE, max_bytes=700 * 17)
+        found += [content.error if isinstance(content, ImageError) else "ok" for content in read]
+    assert found == ["ok"] * 18 + ["too_large"] * 2
+
+
+def test_a_tar_that_goes_in_the_middle_of_a_shard_is_an_outage(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(readers, "_TAR_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(readers, "_PACKED_AHEAD", 1)
+    contents = guarded(manifest_of(pack_tar(f"file://{tmp_path}")))
+    assert [next(contents) for _ in range(4)] == list(CONTENTS.values())[:4]
+    (tmp_path / "packed.tar").unlink()
+    with pytest.raises(StorageError, match="of its 20 images cannot be fetched, nor now one that was"):
+        list(contents)
 
 
 def test_a_tar_is_read_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

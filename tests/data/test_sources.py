@@ -3,12 +3,14 @@ import sys
 from pathlib import Path
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
 from pipeline.data.manifest import write_manifest
-from pipeline.data.sources import Filters, PrefixSource
-from pipeline.data.uri_table import read_labels
+from pipeline.data.sources import Filters, LabelTable, PrefixSource
+from pipeline.data.uri_table import TableSource, read_labels
 from pipeline.errors import ManifestError
 from tests.manifests import fresh, images_of, uris_of
 
@@ -51,11 +53,52 @@ def test_a_prefix_takes_its_labels_from_a_table_of_relative_names_or_uris(tmp_pa
     labels = read_labels(str(tmp_path / "labels.csv"), root=str(tmp_path / "images"))
     made = write_manifest(fresh(), PrefixSource(str(tmp_path / "images"), labels=labels), shard_size=5)
     assert ([image["label"] for image in images_of(made)], made.classes) == ([1, 0, None], ["cat", "dog"])
+    strangers = LabelTable({"s3://b/x": "dog"}, "text")
     with pytest.raises(ManifestError, match=r"expected labels for images below .* got some for others"):
-        write_manifest(fresh(), PrefixSource(str(tmp_path / "images"), labels={"s3://b/x": "dog"}), shard_size=5)
+        write_manifest(fresh(), PrefixSource(str(tmp_path / "images"), labels=strangers), shard_size=5)
     (tmp_path / "labels.csv").write_text("label,uri\ndog,1.jpg\ncat,1.jpg\n")
     with pytest.raises(ManifestError, match="one label for"):
         read_labels(str(tmp_path / "labels.csv"), root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "ids"), [(["1", "2", "10"], ["1", "10", "2"], [0, 2, 1]), ([1, 2, 10], None, [1, 2, 10])]
+)
+def test_labels_from_a_table_keep_the_kind_that_their_type_tells(
+    tmp_path: Path, labels: list[str | int], classes: list[str] | None, ids: list[int]
+) -> None:
+    uris = [f"file://{tmp_path}/images/{number}.jpg" for number in range(3)]
+    for uri in uris:
+        save(uri)
+    pq.write_table(pa.table({"uri": uris, "label": labels}), tmp_path / "labels.parquet")
+    table = str(tmp_path / "labels.parquet")
+    by_prefix = PrefixSource(str(tmp_path / "images"), labels=read_labels(table, root=str(tmp_path)))
+    for source in (by_prefix, TableSource(table, label_column="label")):
+        made = write_manifest(fresh(), source, shard_size=5)
+        assert (made.classes, [image["label"] for image in images_of(made)]) == (classes, ids)
+
+
+def test_what_is_hidden_is_no_image_and_its_folder_no_class_unless_asked_for(tmp_path: Path) -> None:
+    hidden = [".cache/1.jpg", "cat/.thumbs/2.jpg", "cat/._3.jpg", "__MACOSX/cat/4.jpg", "dog/@eaDir/5.jpg"]
+    for name in (*hidden, "cat/..6.jpg", "cat/7.jpg", "dog/8.jpg"):
+        save(f"file://{tmp_path}/{name}")
+    made = write_manifest(fresh(), PrefixSource(str(tmp_path), labels="folders"), shard_size=10)
+    assert (made.classes, made.made_from["skipped"]) == (["cat", "dog"], {"hidden": 6})
+    everything = PrefixSource(str(tmp_path), Filters(hidden=True), labels="folders")
+    assert write_manifest(fresh(), everything, shard_size=10).classes == [".cache", "__MACOSX", "cat", "dog"]
+
+
+def test_a_dot_that_stands_for_the_folder_itself_hides_nothing() -> None:
+    filters = Filters()
+    assert filters.accepts("./a.jpg", 1)  # as `tar -c .` names them
+    assert not filters.accepts("./.a.jpg", 1)
+
+
+def test_formats_that_are_never_decoded_are_no_images(tmp_path: Path) -> None:
+    for name in ("a.jpg", "favicon.ico", "b.tga"):
+        save(f"file://{tmp_path}/{name}")
+    made = write_manifest(fresh(), PrefixSource(str(tmp_path)), shard_size=5)
+    assert (made.num_images, made.made_from["skipped"]) == (1, {"not_included": 2})
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have UTF-8 names alone")

@@ -76,6 +76,27 @@ def test_all_tables_below_a_prefix_are_read_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_etags_in_quotes_are_those_without_and_empty_ones_are_unknown(tmp_path: Path, name: str) -> None:
+    etags = ['"abc"', "abc", '""', ""]
+    table = write_table(tmp_path / name, pa.table({"uri": [f"s3://b/{n}" for n in range(4)], "etag": etags}))
+    made = write_manifest(fresh(), TableSource(table, etag_column="etag"), shard_size=5)
+    assert [image["etag"] for image in images_of(made)] == ["abc", "abc", None, None]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_a_folder_named_like_a_table_is_read_without_what_its_writer_keeps_there(tmp_path: Path, name: str) -> None:
+    folder, suffix = tmp_path / name, name[1:]
+    for number, path in enumerate(["part-1", "part-0", "_temporary/part-2", ".part-3", "day=1/part-4"]):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_table(folder / f"{path}{suffix}", pa.table({"uri": [f"s3://b/{number}"]}))
+    assert uris_of(write_manifest(fresh(), TableSource(str(folder)), shard_size=2)) == [
+        "s3://b/1",
+        "s3://b/0",
+        "s3://b/4",
+    ]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
 def test_a_missing_column_is_named_with_those_there(tmp_path: Path, name: str) -> None:
     table = write_table(tmp_path / name, pa.table({"url": ["s3://b/1"], "kind": ["x"]}))
     with pytest.raises(ManifestError, match="expected a column 'uri', found url, kind"):
