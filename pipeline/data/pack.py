@@ -6,7 +6,7 @@ The file is one row group, small columns first: who lists images reads no bytes.
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -124,9 +124,8 @@ def converting(reencode: Reencode | None, *, check: bool, max_pixels: int, isola
         return
     from pipeline.data import images
 
-    with ExitStack() as stack:
-        decode = stack.enter_context(images.IsolatedDecoder()).decode if isolated else images.decode
-        limited = partial(decode, max_pixels=max_pixels)
+    with images.IsolatedDecoder() if isolated else images.WatchedDecoder() as decoder:
+        limited = partial(decoder.decode, max_pixels=max_pixels)
         yield partial(_checked, limited) if reencode is None else partial(_reencoded, limited, reencode)
 
 
