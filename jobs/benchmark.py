@@ -129,11 +129,11 @@ def _measure(
     ]
     with heard(witness, dict.fromkeys(parts, f"a process of {in_words(resources['num_cpus'], resources['num_gpus'])}")):
         ray.get([process.__ray_ready__.remote() for process in processes])
-    timed: dict[Stage, list[list[Timed]]] = {}
-    for stage in stages:
-        if stage == "predict":
-            ray.get([process.warm_up.remote() for process in processes])
-        timed[stage] = [ray.get([getattr(process, stage).remote() for process in processes])]
+        timed: dict[Stage, list[list[Timed]]] = {}
+        for stage in stages:
+            if stage == "predict":
+                ray.get([process.warm_up.remote() for process in processes])
+            timed[stage] = [ray.get([getattr(process, stage).remote() for process in processes])]
     for process in processes:
         ray.kill(process)
     return timed

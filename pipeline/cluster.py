@@ -216,9 +216,14 @@ class _Forwarding(logging.Handler):
 def arrive(witness: Any, kind: str) -> None:
     """Tell a handle on a `Witness` that this worker has begun, and from now on what its process warns of."""
     witness.arrive.remote(kind)
+    forward_warnings(witness)
+
+
+def forward_warnings(witness: Any) -> None:
+    """Have a `Witness` told what this process warns of from now on, and no other."""
     package = logging.getLogger("pipeline")
     for handler in package.handlers[:]:
-        if isinstance(handler, _Forwarding):  # of a run that this process worked for before
+        if isinstance(handler, _Forwarding):
             package.removeHandler(handler)
     package.addHandler(_Forwarding(witness))
 

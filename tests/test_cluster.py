@@ -122,7 +122,7 @@ def test_what_workers_warn_of_is_said_once_by_the_driver(local_ray: None, caplog
     assert [record.getMessage() for record in caplog.records if record.name == "pipeline.cluster"] == ["of 16 bits"]
 
 
-def test_a_block_that_ends_in_time_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_ends_in_time_does_not_ask_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(cluster, "_tell_what_waits", lambda *arguments: asked.append(arguments))
     with heard(None, {}):

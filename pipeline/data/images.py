@@ -47,7 +47,7 @@ _MAGIC = re.compile(
 )
 _HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 _JPEG = b"\xff\xd8\xff"
-ISOLATED_TIMEOUT_S = 60.0
+DECODED_WITHIN_S = 120.0
 RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class WatchedDecoder:
     hour. Whoever started the process tries again, with an `IsolatedDecoder`. A context manager.
     """
 
-    def __init__(self, *, timeout_s: float = 2 * ISOLATED_TIMEOUT_S) -> None:
+    def __init__(self, *, timeout_s: float = DECODED_WITHIN_S) -> None:
         self._timeout_s = timeout_s
         self._begun: dict[int, float] = {}  # by thread: when the image it is at was begun
         self._ended = threading.Event()
@@ -273,7 +273,7 @@ class IsolatedDecoder:
     takes to import) and is replaced after its death; it ends with its parent, however that ends.
     """
 
-    def __init__(self, *, timeout_s: float = ISOLATED_TIMEOUT_S) -> None:
+    def __init__(self, *, timeout_s: float = DECODED_WITHIN_S) -> None:
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None
 

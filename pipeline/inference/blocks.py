@@ -22,7 +22,8 @@ from pipeline.data.nvjpeg import PlainJpeg
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 
-_MOST_BYTES = 512 << 20  # of a shard that is handed on; as many tasks as there are CPUs hold one
+_MOST_BYTES = 512 << 20  # of a shard that is handed on encoded; as many tasks as there are CPUs hold one
+_MOST_PIXELS = 1 << 30  # bytes of one that is handed on decoded, of which its task holds two copies
 Row: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
 
@@ -45,7 +46,7 @@ class DecodedShard:
         cls, shard: Shard, attempt: int, batches: Iterable[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
     ) -> "DecodedShard":
         """Of the shard's images as one batch; of none where none decoded. What is too much is not begun."""
-        if shard.num_images * sum(3 * each.crop_size**2 for each in preprocessings) > _MOST_BYTES:
+        if shard.num_images * sum(3 * each.crop_size**2 for each in preprocessings) > _MOST_PIXELS:
             return cls(shard, attempt, np.empty(0, np.int64), [], log)
         gathered = list(batches)
         if not gathered:

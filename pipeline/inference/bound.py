@@ -205,8 +205,8 @@ def judge(costs: StageCosts, pools: Sequence[Pool], images_per_s: float) -> Verd
     return Verdict(stage, limit, images_per_s, wish)
 
 
-def judge_run(observed: Observed, layout: Layout, nodes: Sequence[Node]) -> Verdict | None:
-    """The verdict on a run, by its receipts alone; None where the nodes' clocks do not go together.
+def judge_run(observed: Observed, num_shards: int, layout: Layout, nodes: Sequence[Node]) -> Verdict | None:
+    """The verdict on what was done of a run of `num_shards`, by its receipts; None where nodes' clocks do not agree.
 
     Its bound is what its CPUs and GPUs would do were they never waiting, for bytes or for a CPU that others have, and
     never less than was reached: seconds of the wall make stages that overlap too dear, and what was done can be done.
@@ -222,7 +222,8 @@ def judge_run(observed: Observed, layout: Layout, nodes: Sequence[Node]) -> Verd
         return None
     verdict = judge(costs, pools, reached)
     if observed.num_shards < workers:
-        advice = f"of {workers} workers {observed.num_shards} had a shard: smaller ones would keep more of them at work"
+        remedy = "smaller ones would keep more of them at work" if num_shards < workers else "no more were left to do"
+        advice = f"of {workers} workers {observed.num_shards} had a shard: {remedy}"
     elif verdict.binds == "fetch":
         advice = _wish_for_a_store("fetch", reached, bound / reached)
     else:

@@ -101,7 +101,7 @@ class ComputeConfig(Section):
     decodes wants a C compiler on its node."""
     form: Literal["auto", "fused", "split"] = "auto"
     """fused: one actor fetches, decodes, predicts and writes; split: CPU tasks fetch for the actors, and decode what
-    the actors' GPUs do not, where what they hand on of a shard is no more than 512 MB."""
+    the actors' GPUs do not, where what they hand on of a shard is no more than 512 MB, or decoded 1 GB."""
     precision: AskedPrecision = "auto"
     """What the networks compute in; auto: bfloat16 where the network is compiled and the device has instructions for
     it, float32 elsewhere. Name one where the outputs of several runs are compared, as embeddings are. int8: faster

@@ -6,6 +6,7 @@ A trial does the work as the run would, all workers at once, and writes to a pla
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
-from pipeline.errors import ObjectNotFoundError, RunError
+from pipeline.errors import ObjectNotFoundError, RunError, StorageError
 from pipeline.inference.bound import Observed, cpus_per_gpu, judge_run, observed_costs, pools_of, workers_of
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PredictConfig, PricesConfig
@@ -115,10 +116,11 @@ def estimate_run(plan: Plan, layout: Layout, nodes: Sequence[Node], config: Pred
 
 
 def sweep_trials(plan: Plan) -> None:
-    """Remove what trials of the run left that were killed."""
-    for name in storage.list_folders(plan.run.uri):
-        if name.startswith(_TRIAL_PREFIX):
-            storage.delete_folder(storage.join(plan.run.uri, name))
+    """Remove what trials of the run left that were killed, as far as that can be done."""
+    with suppress(StorageError):
+        for name in storage.list_folders(plan.run.uri):
+            if name.startswith(_TRIAL_PREFIX):
+                storage.delete_folder(storage.join(plan.run.uri, name))
 
 
 def choose_sample(plan: Plan, num_shards: int) -> list[Shard]:
@@ -156,7 +158,7 @@ def outcome(
     duration_s: float,
 ) -> dict[str, Any]:
     """For the summary: what bound the run, what it cost, and what had been foretold of it, where it was."""
-    verdict = judge_run(observed, layout, nodes) if observed.num_images else None
+    verdict = judge_run(observed, plan.run.num_shards, layout, nodes) if observed.num_images else None
     if verdict is None:
         return {}
     return {
@@ -173,6 +175,8 @@ def _compared(plan: Plan, layout: Layout, duration_s: float, images_per_s: float
     except (ObjectNotFoundError, ValidationError):
         return None
     if (estimate.num_pending, estimate.layout) != (plan.num_pending, asdict(layout)):
+        return None
+    if not (estimate.duration_s and estimate.images_per_s):  # rounded
         return None
     return {
         **estimate.model_dump(include={"duration_s", "images_per_s", "cost"}),

@@ -84,7 +84,6 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     tables = {name: storage.join(plan.run.output_uri, folder) for name, folder in folders.items()}
     for folder in (plan.run.uri, *tables.values()):
         storage.sweep_temporary_files(folder)
-    sweep_trials(plan)
     receipts = read_receipts(plan.run.uri, committed_shard_ids(plan.run.uri))
     totals = reconcile(plan.run, receipts, plan.run.output_uri, folders.values())
     duration_s = time.monotonic() - start
@@ -101,6 +100,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     uri = storage.join(plan.run.uri, "summary.json")
     if plan.num_pending or not storage.exists(uri):  # that of who did something says more
         storage.write(uri, json.dumps(summary, indent=1).encode())
+    sweep_trials(plan)
     if totals.num_errors > config.max_error_rate * totals.num_images:
         raise RunError(
             f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "

@@ -4,6 +4,7 @@ and kept as `<run>/networks.json`, so that every actor and every later attempt d
 A run that compiles nothing needs no record: its precision is that of its plan.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -49,9 +50,11 @@ def decide(run: Run, manifest: Manifest) -> dict[str, Choice]:
 
     Raises BundleError where a network must be compiled and cannot be, StorageError.
     """
-    found = choices(run)
-    if found is not None:
-        return found
+    with compiled.alone_on_this_machine(hashlib.sha256(_uri(run).encode()).hexdigest()[:16]):
+        return choices(run) or _decide(run, manifest)
+
+
+def _decide(run: Run, manifest: Manifest) -> dict[str, Choice]:
     mine = {model.name: _choose(run, manifest, model) for model in run.models}
     try:
         storage.write(_uri(run), _CHOICES.dump_json(mine, indent=1), if_absent=True)

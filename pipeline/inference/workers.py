@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import ray
 
-from pipeline.cluster import arrive
+from pipeline.cluster import arrive, forward_warnings
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
 from pipeline.inference import networks
@@ -198,6 +198,7 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
 
     A shard that has seen its process die has the next one to itself: beside another one either might be the killer.
     """
+    forward_warnings(attempts)
     with ExitStack() as room:
         room.enter_context(_room.beside_others())
         attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id, _node_id()))
@@ -209,7 +210,7 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
             raise RunError(
                 f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
                 "decoding too, so no decoder is to blame: look for out-of-memory kills (smaller shards or batches, "
-                "a lower images.fetch_concurrency, fewer actors), then run again"
+                "a lower images.fetch_concurrency, fewer actors) or very many lost nodes, then run again"
             )
         yield attempt
         attempts.end.remote(stage, shard.shard_id)

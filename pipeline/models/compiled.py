@@ -8,9 +8,12 @@ or for another batch size is never found. Torch is not needed to find one; `comp
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Literal
@@ -112,6 +115,21 @@ def records(bundle_uri: str) -> Iterator[Record]:
         with contextlib.suppress(BundleError):
             if record := _read(info.uri):
                 yield record
+
+
+@contextlib.contextmanager
+def alone_on_this_machine(name: str) -> Iterator[None]:
+    """Hold the block until no other process of this user is in one of the same `name`; ends with the process."""
+    path = os.path.join(tempfile.gettempdir(), f"compiling-{os.getuid()}-{name}.lock")
+    lock = None
+    with contextlib.suppress(OSError):  # then several may do the same, which is only slower
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)  # the file stays: others may wait for it
 
 
 def record_uri(bundle_uri: str, target: Target) -> str:

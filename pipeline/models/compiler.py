@@ -3,18 +3,15 @@
 A package is native code: who may write to a registry may run code where its bundles are used.
 """
 
-import contextlib
 import copy
-import fcntl
 import hashlib
 import io
 import logging
-import os
 import platform
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,7 +26,15 @@ from pipeline.errors import BundleError, ObjectNotFoundError, StorageError
 from pipeline.models import int8
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network
-from pipeline.models.compiled import Agreement, Record, Target, find, package_uri, record_uri
+from pipeline.models.compiled import (
+    Agreement,
+    Record,
+    Target,
+    alone_on_this_machine,
+    find,
+    package_uri,
+    record_uri,
+)
 from pipeline.models.precision import Precision, compute_repeatably, dtype_of
 
 NUM_SAMPLES = 128
@@ -68,7 +73,7 @@ def ensure(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None
     record = find(bundle_uri, target)
     if record is not None:
         return record
-    with _alone_on_this_machine(target):
+    with alone_on_this_machine(target.key):  # compilers take gigabytes each
         return find(bundle_uri, target) or _compile_and_keep(bundle_uri, target, samples)
 
 
@@ -163,15 +168,6 @@ class _Whole(nn.Module):
         return self.head(embedding), embedding
 
 
-@contextlib.contextmanager
-def _alone_on_this_machine(target: Target) -> Iterator[None]:
-    """Compilers take gigabytes each, and the processes of a run that find nothing compiled come all at once."""
-    path = Path(tempfile.gettempdir(), f"compiling-{target.key}-{os.getuid()}.lock")
-    with path.open("w") as file:  # left there: who waits for it has it open
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process
-        yield
-
-
 def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None) -> tuple[Record, bytes]:
     start = time.monotonic()
     if target.device == "cuda":
@@ -256,5 +252,7 @@ def _kind_of(device: torch.device) -> dict[str, JsonValue]:
         capability = torch.cuda.get_device_capability(device)
         return {"name": torch.cuda.get_device_name(device), "capability": list(capability), "cuda": torch.version.cuda}
     kind = {"machine": platform.machine(), "system": platform.system(), "has": torch.backends.cpu.get_cpu_capability()}
-    capabilities: dict[str, JsonValue] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, JsonValue] = {"vnni": torch.cpu._is_vnni_supported()}  # what int8 turns on
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 may lack it
+        capabilities = dict(torch.cpu.get_capabilities())
     return kind | {name: value for name, value in sorted(capabilities.items()) if not name.startswith("num_")}

@@ -82,23 +82,31 @@ def _obstore_options(request_s: float, retry_s: float) -> dict[str, Any]:
 def _aws_session() -> Any:
     import botocore.session  # only where it is needed: it takes long
 
-    return botocore.session.get_session()
+    session = botocore.session.get_session()
+    assert session.full_config is not None  # loaded here: several threads share the session
+    return session
 
 
 @cache
 def _s3_place() -> dict[str, str]:
     """`region` and `endpoint`, as far as they are told: by the environment or ~/.aws, which obstore does not read.
 
-    As botocore finds them, and so s3fs; AWS_REGION, which botocore passes over, is obstore's.
+    As botocore finds them, and so s3fs; AWS_REGION, which botocore passes over, is obstore's. Source: AWS SDKs and
+    Tools Reference Guide, "Service-specific endpoints".
     """
-    from botocore.configprovider import ConfiguredEndpointProvider
-
     session = _aws_session()
-    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
-    endpoint = None
+    place = {"region": os.environ.get("AWS_REGION") or session.get_config_variable("region")}
     if not session.get_config_variable("ignore_configured_endpoint_urls"):
-        endpoint = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3").provide()
-    return {name: value for name, value in {"region": region, "endpoint": endpoint}.items() if value}
+        profile = session.get_scoped_config()
+        of_services = session.full_config.get("services", {}).get(profile.get("services"), {})
+        told = (
+            os.environ.get("AWS_ENDPOINT_URL_S3"),
+            os.environ.get("AWS_ENDPOINT_URL"),
+            of_services.get("s3", {}).get("endpoint_url"),
+            profile.get("endpoint_url"),
+        )
+        place["endpoint"] = next(filter(None, told), None)
+    return {name: value for name, value in place.items() if value}
 
 
 def _of_aws_profile() -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _timed(uri: str, num_bytes: int) -> Iterator[None]:
             raise
         raise StorageError(
             f"cannot write {uri!r}: expected the store to take its {num_bytes / 1e6:,.1f} MB in time, got a time-out "
-            f"after {time.monotonic() - start:,.0f} s; write less at once (a smaller shard_size), or over a faster line"
+            f"after {time.monotonic() - start:,.0f} s; write less at once (packed: smaller shards) or on a faster line"
         ) from error
 
 

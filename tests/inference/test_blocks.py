@@ -64,7 +64,7 @@ def test_a_decoded_shard_without_a_good_image_is_empty_and_not_missing():
 
 
 def test_pixels_of_more_than_tasks_may_hold_are_not_even_fetched(monkeypatch):
-    monkeypatch.setattr(blocks, "_MOST_BYTES", 2 * 3 * 4 * 4)
+    monkeypatch.setattr(blocks, "_MOST_PIXELS", 2 * 3 * 4 * 4)
     never_read = (pytest.fail("it was read") for _ in range(1))
     preprocessings = [Preprocessing(resize_size=4, crop_size=4)]
     handed_over = DecodedShard.gather(shard_of(3), 2, never_read, preprocessings, LoadLog()).to_row()

@@ -123,7 +123,7 @@ def test_no_run_reaches_more_than_its_bound(spans, num_actors):
     seen = observed(
         *(receipt(index, begin, begin + length, decode=length / 4) for index, (begin, length) in enumerate(spans))
     )
-    verdict = judge_run(seen, replace(FUSED, num_actors=num_actors), [Node(cpus=num_actors)])
+    verdict = judge_run(seen, 12, replace(FUSED, num_actors=num_actors), [Node(cpus=num_actors)])
     assert 0 < verdict.share <= 1
 
 
@@ -138,7 +138,7 @@ def test_the_rate_leaves_out_the_first_workers_lead_and_the_last_ones_tail():
 def test_waiting_for_bytes_binds_a_run_and_is_not_part_of_its_bound():
     spent = {"fetch": 6.0, "decode": 1.0, "predict": 2.0, "write": 1.0}
     seen = observed(*(receipt(index, 0, 10, **spent) for index in range(2)))
-    verdict = judge_run(seen, FUSED, [Node(cpus=2)])
+    verdict = judge_run(seen, 2, FUSED, [Node(cpus=2)])
     assert (verdict.binds, verdict.images_per_s) == ("fetch", pytest.approx(20))
     assert verdict.bound_images_per_s == pytest.approx(50)
 
@@ -159,21 +159,22 @@ def test_a_gpu_is_taken_for_as_long_as_it_predicts():
 
 def test_a_run_whose_cpus_others_have_too_is_judged_by_what_it_used():
     spent = {"decode": 4.0, "predict": 16.0, "write": 0.0, "cpu": 5.0}
-    verdict = judge_run(observed(*(receipt(index, 0, 10, **spent) for index in range(2))), FUSED, [Node(cpus=2)])
+    verdict = judge_run(observed(*(receipt(index, 0, 10, **spent) for index in range(2))), 2, FUSED, [Node(cpus=2)])
     assert (verdict.binds, verdict.share) == ("predict", pytest.approx(0.5))
 
 
 def test_where_there_are_fewer_shards_than_workers_smaller_ones_are_advised():
     spent = {"decode": 4.0, "predict": 6.0, "cpu": 10.0}
-    verdict = judge_run(observed(receipt(0, 0, 10, **spent)), FUSED, [Node(cpus=2)])
-    assert verdict.as_dict()["sentence"] == (
+    done, nodes = observed(receipt(0, 0, 10, **spent)), [Node(cpus=2)]
+    assert judge_run(done, 1, FUSED, nodes).as_dict()["sentence"] == (
         "predict-bound: of 2 workers 1 had a shard: smaller ones would keep more of them at work"
     )
+    assert judge_run(done, 50, FUSED, nodes).advice == "of 2 workers 1 had a shard: no more were left to do"
 
 
 def test_nodes_whose_clocks_do_not_go_together_get_no_verdict():
     spent = {"fetch": 6.0, "decode": 1.0, "predict": 2.0, "write": 1.0}
-    assert judge_run(observed(receipt(0, 10, 5, **spent)), FUSED, [Node(cpus=2)]) is None
+    assert judge_run(observed(receipt(0, 10, 5, **spent)), 1, FUSED, [Node(cpus=2)]) is None
 
 
 def test_verdicts_do_without_torch_and_ray():

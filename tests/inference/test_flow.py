@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
 def test_actors_decode_the_shards_that_are_too_large_for_tasks(world, local_ray, monkeypatch):
     def decode_nothing(rows, run, attempts):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_MOST_BYTES", 0)
+            patch.setattr(blocks, "_MOST_PIXELS", 0)
             return decode_shard(rows, run, attempts)
 
     run_without_ray(world, run_id="alone", tables=TABLES)
@@ -283,6 +284,40 @@ def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
     with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
         run(world, run_id="killed")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["fused", "split"])
+def test_an_image_that_holds_its_decoder_is_decoded_by_itself_and_harms_no_other(
+    world, local_ray, monkeypatch, caplog, form
+):
+    held = next((world / "images").rglob("*.jpg")).read_bytes()
+
+    def hold() -> None:
+        from pipeline.data import images
+        from pipeline.inference import shard
+
+        decode = images.decode
+        images.decode = lambda data, **options: time.sleep(600) if data == held else decode(data, **options)
+        shard.WatchedDecoder = partial(images.WatchedDecoder, timeout_s=1)
+
+    class Holding(PredictFused):
+        def __call__(self, rows):
+            hold()
+            return super().__call__(rows)
+
+    def decode_holding(rows, run, attempts):
+        hold()
+        return decode_shard(rows, run, attempts)
+
+    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Holding)
+    monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_holding)
+    summary = run(world, run_id=f"held-{form}", tables=TABLES, compute={"form": form})
+    assert (summary["status"], summary["num_predicted"]) == ("done", 27)
+    assert "an image takes more than 1 s to decode: its process ends" in caplog.text
+    run_without_ray(world, run_id="alone", tables=TABLES)
+    assert files_of(world, f"held-{form}") == files_of(world, "alone")
 
 
 @pytest.mark.ray

@@ -111,7 +111,7 @@ def test_of_several_who_compile_at_once_the_first_to_end_is_right(bundle_uri, pa
 
     compile_network = compiler.compile_network
     monkeypatch.setattr(compiler, "compile_network", compile_behind_anothers_back)
-    monkeypatch.setattr(compiler, "_alone_on_this_machine", nullcontext)  # of another machine
+    monkeypatch.setattr(compiler, "alone_on_this_machine", nullcontext)  # of another machine
     assert compiler.ensure(bundle_uri, target) == done[1]
     assert len(packages) == 2
     compiler.load(bundle_uri, done[1])
