@@ -83,7 +83,7 @@ def _aws_session() -> Any:
     import botocore.session  # only where it is needed: it takes long
 
     session = botocore.session.get_session()
-    assert session.full_config is not None  # loaded here: several threads share the session
+    _ = session.full_config  # loaded here: several threads share the session
     return session
 
 
