@@ -9,6 +9,7 @@ counts the deaths, so that a shard that kills its process is retried with isolat
 last), and given up by name after three.
 """
 
+import gc
 import json
 import logging
 import math
@@ -236,8 +237,12 @@ def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, st
             for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for text in batch["receipt"].to_pylist():
                     yield Receipt.from_json(text)
+        return
     except Exception as error:  # Ray's and Ray Data's own have no common base
-        raise _failure(error) from error
+        failure = _failure(error)
+    # Not from within: its traceback holds actors in a cycle, and these their CPUs, until both are collected.
+    gc.collect()
+    raise failure
 
 
 def _failure(error: BaseException) -> PipelineError:
@@ -247,7 +252,7 @@ def _failure(error: BaseException) -> PipelineError:
         name, message = ours[-1]
         kind = getattr(errors, name)
         return (kind if kind.exit_code == ConfigError.exit_code else RunError)(message.rstrip("\n"))
-    logging.getLogger(__name__).error("a worker failed: %s", error)  # unforeseen, so the traceback is wanted
+    logging.getLogger(__name__).error("a worker failed", exc_info=error)  # unforeseen, so the traceback is wanted
     raised = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception)\b.*", text, re.MULTILINE)
     cause = (raised or [text])[-1]
     remedy = " Set a smaller compute.batch_size and another run_id" if "torch.OutOfMemoryError" in cause else ""
@@ -268,4 +273,4 @@ def _configure_ray_data() -> None:
     scaling = context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 1.0  # all busy: Ray waits for more than we queue
     scaling.actor_pool_util_downscaling_threshold = -1.0  # an actor that is idle for a moment took long to start
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told by `_failure`

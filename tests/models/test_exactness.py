@@ -14,7 +14,7 @@ SIZES = (72, 64)  # of the shorter side after resizing, of the crop
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight JPEGs, of which the first four need no resizing: both sides see the same pixels of them."""
+    """Eight JPEGs, of which the first four need no resizing: both sides see the same pixels of these at least."""
     folder = tmp_path_factory.mktemp("images")
     for index in range(8):
         image = draw(CLASSES[index % len(CLASSES)], random.Random(index))
@@ -26,7 +26,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("architecture", ["resnet18", "efficientnet_b0"])
 def test_logits_are_torchvisions_where_the_pixels_are(images: Path, architecture: str) -> None:
     figures = exactness.measure(architecture, images, sizes=SIZES)
-    assert (figures["num_images"], figures["num_same_crops"]) == (8, 4)
+    assert figures["num_images"] == 8
+    assert 4 <= figures["num_same_crops"] < 8  # how many resized ones agree is a matter of the CPU's instructions
     assert exactness.is_exact(figures)
     assert figures["num_identical"] == 8
     assert figures["logits"]["std_between_images"] > 0.1 * figures["logits"]["rms"]  # the network tells images apart
