@@ -10,23 +10,13 @@ operators import torch's compiler), and `torchvision.io` warns on every call tha
 
 import importlib.util
 import io
-import json
-import logging
-import multiprocessing.connection
-import os
 import re
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -34,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.data.jpeg import JpegHeader, read_jpeg_header
-from pipeline.errors import ImageError, RunError
+from pipeline.errors import ImageError
 
 # Pillow warns about odd metadata, and about large images that `max_pixels` has already allowed.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -47,10 +37,7 @@ _MAGIC = re.compile(
 )
 _HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 _JPEG = b"\xff\xd8\xff"
-DECODED_WITHIN_S = 120.0
 RGB = 3  # torchvision.io.ImageReadMode.RGB
-
-logger = logging.getLogger(__name__)
 
 
 class DecodeOptions(TypedDict):
@@ -224,149 +211,3 @@ def _as_refusal(error: Exception) -> ImageError:
     said = re.sub(r"^.*\.cpp:\d+, |<.* at 0x\w+>", "", first_line)
     is_cut = isinstance(error, EOFError) or "truncated" in said.lower()
     return _refusal("truncated" if is_cut else "corrupt", f"{type(error).__name__}: {said}")
-
-
-# --- a process to risk -----------------------------------------------------------------------------------------------
-
-
-class WatchedDecoder:
-    """Decodes as `decode` does, in any number of threads, and ends its process where an image takes too long.
-
-    A decoder that is at work cannot be stopped otherwise: a JPEG of a megabyte can hold so many scans that it takes an
-    hour. Whoever started the process tries again, with an `IsolatedDecoder`. A context manager.
-    """
-
-    def __init__(self, *, timeout_s: float = DECODED_WITHIN_S) -> None:
-        self._timeout_s = timeout_s
-        self._begun: dict[int, float] = {}  # by thread: when the image it is at was begun
-        self._ended = threading.Event()
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._watch, name="watch-decoding", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-
-    def decode(self, data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
-        """The same pixels and refusals as `decode`."""
-        thread = threading.get_ident()
-        self._begun[thread] = time.monotonic()
-        try:
-            return decode(data, max_pixels=max_pixels, shrink_to=shrink_to)
-        finally:
-            del self._begun[thread]
-
-    def _watch(self) -> None:
-        while not self._ended.wait(self._timeout_s / 10):
-            now = time.monotonic()
-            if any(now - begun > self._timeout_s for begun in list(self._begun.values())):
-                logger.warning("an image takes more than %g s to decode: its process ends", self._timeout_s)
-                time.sleep(1)  # for the warning to arrive
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-class IsolatedDecoder:
-    """Decodes one image at a time in a child process, which a crash, a hang or the OOM killer may take.
-
-    A context manager, for one thread at a time. The child serves image after image (it takes as long to start as torch
-    takes to import) and is replaced after its death; it ends with its parent, however that ends.
-    """
-
-    def __init__(self, *, timeout_s: float = DECODED_WITHIN_S) -> None:
-        self._timeout_s = timeout_s
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def decode(self, data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
-        """The same pixels and refusals as `decode`, and two more of these: `crashed` and `timed_out`.
-
-        Raises RunError where no child can be started, which is not this image's fault.
-        """
-        if self._child is None:
-            self._start()
-        try:
-            self._connection.send_bytes(json.dumps({"max_pixels": max_pixels, "shrink_to": shrink_to}).encode())
-            self._connection.send_bytes(data)
-            reply = json.loads(self._connection.recv_bytes())
-            pixels = self._connection.recv_bytes()
-        except (EOFError, OSError):
-            raise self._bury() from None
-        except BaseException:  # interrupted half-way: the child's answer must not be taken for the next image's
-            self.close()
-            raise
-        if "error" in reply:
-            raise _refusal(reply["error"], reply["message"])
-        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(reply["shape"]).permute(2, 0, 1)
-
-    def close(self) -> None:
-        """End the child, if there is one."""
-        if self._child is not None:
-            self._connection.close()
-            self._child.kill()  # between two images it holds nothing
-            self._child.wait()
-            self._child = None
-
-    def _start(self) -> None:
-        self._connection, theirs = multiprocessing.connection.Pipe()
-        paths = [os.environ.get("PYTHONPATH", ""), *map(os.path.abspath, sys.path)]
-        command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(self._timeout_s)]
-        try:
-            self._child = subprocess.Popen(
-                command,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # a job's own stdout ends in its summary
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C is for the parent to act on
-            )
-        except OSError as error:
-            raise RunError(f"the isolated decoder did not start: {error}") from error
-        finally:
-            theirs.close()
-        try:
-            self._connection.recv_bytes()
-        except (EOFError, OSError):
-            message = self._bury().message
-            raise RunError(f"the isolated decoder did not start: {message}; its stderr says why") from None
-
-    def _bury(self) -> ImageError:
-        assert self._child is not None
-        code = self._child.wait()
-        self.close()
-        if code == -signal.SIGALRM:
-            return _refusal("timed_out", f"expected an image within {self._timeout_s:g} s, got none")
-        cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return _refusal("crashed", f"the decoder {cause}")
-
-
-def _serve(connection: "multiprocessing.connection.Connection", timeout_s: float) -> None:
-    """Answer requests until the parent is gone. The kernel's alarm ends a hang, even one that holds the interpreter."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError):  # Linux only: of all processes here, the OOM killer shall take this one
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    connection.send_bytes(b"ready")
-    while True:
-        options = json.loads(connection.recv_bytes())
-        data = connection.recv_bytes()
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        reply: dict[str, object]
-        try:
-            pixels = decode(data, **options).permute(1, 2, 0).contiguous()
-            reply, payload = {"shape": pixels.shape}, pixels.view(-1).numpy().tobytes()
-        except ImageError as error:
-            reply, payload = {"error": error.error, "message": error.message}, b""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send_bytes(json.dumps(reply).encode())
-        connection.send_bytes(payload)
-
-
-if __name__ == "__main__":
-    with suppress(EOFError, OSError):  # the parent closed its end or died
-        _serve(multiprocessing.connection.Connection(int(sys.argv[1])), float(sys.argv[2]))

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from pipeline import storage
-from pipeline.data.images import IsolatedDecoder
+from pipeline.data.decoders import IsolatedDecoder
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing

@@ -122,9 +122,9 @@ def converting(reencode: Reencode | None, *, check: bool, max_pixels: int, isola
     if reencode is None and not check:
         yield lambda data: data
         return
-    from pipeline.data import images
+    from pipeline.data.decoders import guarded_decoder
 
-    with images.IsolatedDecoder() if isolated else images.WatchedDecoder() as decoder:
+    with guarded_decoder(isolated=isolated) as decoder:
         limited = partial(decoder.decode, max_pixels=max_pixels)
         yield partial(_checked, limited) if reencode is None else partial(_reencoded, limited, reencode)
 

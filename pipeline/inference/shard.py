@@ -5,15 +5,12 @@ fetch + decode ──► a stream of batches ──► `Predictor` ──► tab
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 
-import torch
-
+from pipeline.data.decoders import guarded_decoder
 from pipeline.data.gpu_loader import GpuDecoder, Prepared, prepare
-from pipeline.data.images import IsolatedDecoder, WatchedDecoder
 from pipeline.data.loader import Batch, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.transforms import Preprocessing
@@ -80,10 +77,10 @@ def decode_batches(
     batch_size: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of a shard's encoded images, decoded and preprocessed on CPUs, `num_threads` at a time."""
-    with _decoding(isolated) as decode:
+    with guarded_decoder(isolated=isolated) as decoder:
         yield from load_batches(
             encoded,
-            partial(decode, **run.images.decode_options(preprocessings)),
+            partial(decoder.decode, **run.images.decode_options(preprocessings)),
             [preprocessing.apply for preprocessing in preprocessings],
             batch_size=batch_size or run.batch_size,
             num_threads=1 if isolated else num_threads,
@@ -102,21 +99,15 @@ def prepare_images(
     log: LoadLog,
 ) -> Iterator[Prepared]:
     """A shard's encoded images for a `GpuDecoder`; those that it is not for decoded as by `decode_batches`."""
-    with _decoding(isolated) as decode:
+    with guarded_decoder(isolated=isolated) as decoder:
         yield from prepare(
             encoded,
             preprocessings,
             run.images.decode_options(preprocessings),
             num_threads=1 if isolated else num_threads,
             log=log,
-            decode=decode,
+            decode=decoder.decode,
         )
-
-
-@contextmanager
-def _decoding(isolated: bool) -> Iterator[Callable[..., torch.Tensor]]:
-    with IsolatedDecoder() if isolated else WatchedDecoder() as decoder:
-        yield decoder.decode
 
 
 def predict_shard(

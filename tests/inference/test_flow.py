@@ -310,12 +310,11 @@ def test_an_image_that_holds_its_decoder_is_decoded_by_itself_and_harms_no_other
     held = next((world / "images").rglob("*.jpg")).read_bytes()
 
     def hold() -> None:
-        from pipeline.data import images
-        from pipeline.inference import shard
+        from pipeline.data import decoders, images
 
         decode = images.decode
         images.decode = lambda data, **options: time.sleep(600) if data == held else decode(data, **options)
-        shard.WatchedDecoder = partial(images.WatchedDecoder, timeout_s=1)
+        decoders.WatchedDecoder = partial(decoders.WatchedDecoder, timeout_s=1)
 
     class Holding(PredictFused):
         def __call__(self, rows):
