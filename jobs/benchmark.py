@@ -18,7 +18,7 @@ from pydantic import Field
 from jobs import run_job
 from pipeline import storage
 from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, start_here
-from pipeline.config import JobConfig
+from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
@@ -50,6 +50,8 @@ class BenchmarkConfig(JobConfig):
     """How images are read."""
     compute: ComputeConfig = ComputeConfig()
     """Where the work runs."""
+    cluster: ClusterConfig = ClusterConfig()
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 
@@ -65,7 +67,7 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
     manifest, models = resolve_inputs(of_run)
     from pipeline.inference.flow import run_shards
 
-    with connected_ray() as nodes:
+    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
         layout = choose_layout(nodes, config.compute, manifest.num_shards)
         plan = make_plan(of_run, manifest, models, layout)
         workers = workers_of(layout, nodes)

@@ -26,7 +26,7 @@ from pipeline.cluster import (
     in_words,
     start_here,
 )
-from pipeline.config import JobConfig
+from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.errors import BundleError, ConfigError, RunError
@@ -57,6 +57,8 @@ class CompileConfig(JobConfig):
     """Threads of a forward pass on CPUs: those of predict's actors."""
     agreement: AgreementLimits = AgreementLimits()
     """With float32, below which the job fails, and predict would not use it."""
+    cluster: ClusterConfig = ClusterConfig()
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
 
 
 def main(config: CompileConfig) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def main(config: CompileConfig) -> dict[str, Any]:
         Manifest.open(storage.normalise(config.manifest))
     import ray
 
-    with connected_ray() as nodes:
+    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
         device = choose_device(nodes, config.device)
         if config.precision == "int8" and device == "cuda":
             raise ConfigError("precision: int8 is for CPUs, got GPUs; use auto, or device cpu")

@@ -16,7 +16,7 @@ from pydantic import Field
 from jobs import run_job
 from pipeline import storage
 from pipeline.cluster import Device, Node, choose_device, connected_ray, default_batch_size
-from pipeline.config import JobConfig, Section
+from pipeline.config import ClusterConfig, JobConfig, Section
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.data.training_set import refuse_other_classes
@@ -66,6 +66,8 @@ class EvaluateConfig(JobConfig):
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass; unset: 16 on CPUs, 256 on GPUs, as in predict."""
     compute: EvaluateComputeConfig = EvaluateComputeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 
@@ -80,7 +82,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     config.protocol.check(bundle.preprocessing)
     from pipeline.training.verdict import Verdict
 
-    with connected_ray() as nodes:
+    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
         device = choose_device(nodes, config.compute.device)
         outcome, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)
     verdict = Verdict(bundle, bundle_uri, manifest, config.protocol, config.compute.precision, outcome)

@@ -25,7 +25,7 @@ from pydantic import Field
 from jobs import run_job
 from pipeline import storage
 from pipeline.cluster import connected_ray
-from pipeline.config import JobConfig, refuse_change
+from pipeline.config import ClusterConfig, JobConfig, refuse_change
 from pipeline.data.manifest import Manifest, Shard, write_manifest
 from pipeline.data.pack import Reencode, converting, encode, pack_images
 from pipeline.data.packed import PackedSource
@@ -59,6 +59,8 @@ class PackConfig(JobConfig):
     """Decode each image, and make a row of the errors table of one that does not decode; reencode always does so."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
+    cluster: ClusterConfig = ClusterConfig()
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 
@@ -93,7 +95,7 @@ def main(config: PackConfig) -> dict[str, Any]:
     committed = committed_shard_ids(records)
     pending = [shard for shard in ordered.shards() if shard.shard_id not in committed]
     work = Work(ordered.uri, ordered.digest, output, config.reencode, config.check, config.images)
-    images_per_s = _pack_and_commit(work, ordered, pending, records, config.progress_interval_s) if pending else 0.0
+    images_per_s = _pack_and_commit(config, work, ordered, pending, records) if pending else 0.0
     for folder in ("data", "errors", "_pack"):
         storage.sweep_temporary_files(storage.join(output, folder))
     packed, totals = _publish(output, records, ordered, manifest.classes)
@@ -173,10 +175,10 @@ def _deciding_fields(config: PackConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def _pack_and_commit(
-    work: Work, ordered: Manifest, pending: Sequence[Shard], records: str, progress_interval_s: float
+    config: PackConfig, work: Work, ordered: Manifest, pending: Sequence[Shard], records: str
 ) -> float:
     """Do what is pending; the images per second of this attempt."""
-    with connected_ray() as nodes:
+    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
         if not any(node.cpus for node in nodes):
             raise ConfigError("expected a cluster with at least one CPU, got none; add nodes")
         from pipeline.inference.flow import commit_receipts, receipts_of, shard_dataset, start_attempts
@@ -194,7 +196,7 @@ def _pack_and_commit(
             receipts_of(dataset, attempts, {"pack": "tasks of 1 CPU each"}),
             num_images=ordered.num_images,
             num_done=ordered.num_images - sum(shard.num_images for shard in pending),
-            progress_interval_s=progress_interval_s,
+            progress_interval_s=config.progress_interval_s,
         )
 
 

@@ -17,7 +17,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
     manifest, models = resolve_inputs(config)  # what is wrong here is said before a cluster is waited for
     from pipeline.inference.flow import predict
 
-    with connected_ray() as nodes:
+    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
         return predict(config, manifest, models, nodes)
 
 

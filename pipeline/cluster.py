@@ -59,10 +59,12 @@ def default_batch_size(device: Device) -> int:
 
 
 @contextlib.contextmanager
-def connected_ray() -> Iterator[list[Node]]:
+def connected_ray(cpus: int = 0, gpus: int = 0) -> Iterator[list[Node]]:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or a local one; yields its nodes.
 
-    Raises ConfigError for an address that is none, RunError where no cluster answers or a local one does not start.
+    They are its nodes once so many `cpus` and `gpus` are free, which an autoscaler is asked for and is waited for.
+    Raises ConfigError for an address that is none and for a local one that never has as many, RunError where no cluster
+    answers or a local one does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -75,13 +77,45 @@ def connected_ray() -> Iterator[list[Node]]:
         signal.raise_signal(signal.SIGTERM)
         raise
     try:
-        yield [
-            Node(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
+        if cpus or gpus:
+            _wait_for_free(cpus, gpus, can_grow=address != "local")
+        yield _nodes()
     finally:
         ray.shutdown()
+
+
+def _nodes() -> list[Node]:
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(cpus=int(each.get("CPU", 0)), gpus=int(each.get("GPU", 0))) for each in resources]
+
+
+def _wait_for_free(cpus: int, gpus: int, *, can_grow: bool) -> None:
+    """Wait until so much is free: what a placement group lacks, an autoscaler brings.
+
+    `ray.autoscaler.sdk.request_resources` would take the place of other jobs' requests, and outlive its own.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    nodes = _nodes()
+    there = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    if not can_grow and (cpus > there[0] or gpus > there[1]):
+        raise ConfigError(
+            f"cluster: {in_words(cpus, gpus)} asked for, but a Ray of this machine's own has {in_words(*there)}; set "
+            "RAY_ADDRESS to a cluster's, or ask for less"
+        )
+    group = placement_group([{"GPU": 1}] * gpus + [{"CPU": 1}] * cpus)
+    begun = told = time.monotonic()
+    try:
+        while not group.wait(1):  # hears no signal meanwhile
+            if (now := time.monotonic()) - told >= BEGIN_WITHIN_S:
+                told = now
+                logger.warning(
+                    f"not begun within {now - begun:.0f} s: {in_words(cpus, gpus)} (cluster); {_free_in_words()}"
+                )
+    finally:
+        remove_placement_group(group)
 
 
 @contextlib.contextmanager
@@ -109,7 +143,8 @@ def _join_ray(address: str) -> None:
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # nobody there, of another version, or closed
         raise RunError(
             f"RAY_ADDRESS: expected a Ray cluster to join at {address!r}, got {type(error).__name__}: {error}; start "
-            "it (`ray start --head`), name another, or unset RAY_ADDRESS for a local Ray"
+            "it (`ray start --head`), set RAY_AUTH_MODE=token where it asks for one, name another, or unset "
+            "RAY_ADDRESS for a local Ray"
         ) from error
 
 
@@ -285,12 +320,21 @@ def _tell_what_waits(witness: Any, asked: Mapping[str, str]) -> None:
     missing = asked.keys() - ray.get(witness.arrived.remote())
     if not missing:
         return
-    free, words = ray.available_resources(), Counter(asked[kind] for kind in sorted(missing))
+    words = Counter(asked[kind] for kind in sorted(missing))
     logger.warning(
         f"not begun within {BEGIN_WITHIN_S:.0f} s: "
-        f"{', '.join(f'{number} times {text}' if number > 1 else text for text, number in words.items())}; free in the "
-        f"cluster now: {in_words(free.get('CPU', 0), free.get('GPU', 0))}. Waiting goes on; where other jobs hold what "
-        "is missing, stop these or ask for less"
+        f"{', '.join(f'{number} times {text}' if number > 1 else text for text, number in words.items())}; "
+        f"{_free_in_words()}"
+    )
+
+
+def _free_in_words() -> str:
+    import ray
+
+    free = ray.available_resources()
+    return (
+        f"free in the cluster now: {in_words(free.get('CPU', 0), free.get('GPU', 0))}. Waiting goes on; where other "
+        "jobs hold what is missing, stop these or ask for less"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -30,6 +30,15 @@ class Section(BaseModel):
     """A named group of config fields; frozen, and strict about unknown ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ClusterConfig(Section):
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
+
+    cpus: int = Field(0, ge=0)
+    """CPUs; 0: those of the nodes that are up."""
+    gpus: int = Field(0, ge=0)
+    """GPUs; 0: those of the nodes that are up."""
 
 
 class JobConfig(BaseSettings):

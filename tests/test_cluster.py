@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.cluster import Witness, arrive, connected_ray, heard, in_words, start_here
+from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, start_here
 from pipeline.errors import ConfigError, RunError
 
 
@@ -32,6 +32,33 @@ def test_a_local_ray_that_comes_too_late_is_cleared_away_and_started_again(
         assert [node.cpus for node in nodes] == [2]
     assert capsys.readouterr().err.count("Ray did not start, trying again: The current node timed out") == 2
     assert [process.wait(10) for process in late] == [-signal.SIGKILL] * 2
+
+
+@pytest.fixture
+def joining_local_ray(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To connect is to use the tests' own Ray, which is no Ray of the job's own."""
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
+@pytest.mark.ray
+def test_what_a_job_asks_for_is_waited_for_until_it_is_free_and_then_let_go(
+    joining_local_ray: None, full_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):  # the second time it is free, unless the first still has it
+        with connected_ray(cpus=2) as nodes:
+            assert nodes == [Node(cpus=2)]
+    assert caplog.text.count("not begun within") == 1
+    assert " s: 2 CPUs (cluster); free in the cluster now: nothing. Waiting goes on" in caplog.text
+
+
+@pytest.mark.ray
+def test_a_ray_of_the_jobs_own_does_not_grow(joining_local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    told = "2 CPUs and 1 GPU asked for, but a Ray of this machine's own has 2 CPUs; set RAY_ADDRESS"
+    with pytest.raises(ConfigError, match=told), connected_ray(cpus=2, gpus=1):
+        pass
 
 
 def test_a_local_ray_that_never_starts_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import JobConfig, Section
+from pipeline.config import ClusterConfig, JobConfig, Section
 from pipeline.data.manifest import Shard
 from pipeline.data.readers import ReadLimits, read_shard, refusing_outages
 from pipeline.data.transforms import Preprocessing
@@ -170,5 +170,7 @@ class PredictConfig(JobConfig):
     """Do a few shards for trial, write no table, and tell how long the run will take and what it will cost."""
     prices: PricesConfig = PricesConfig()
     """What the cluster costs."""
+    cluster: ClusterConfig = ClusterConfig()
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""

@@ -234,13 +234,14 @@ def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, st
     """
     try:
         with heard(attempts, asked):
-            for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-                for text in batch["receipt"].to_pylist():
-                    yield Receipt.from_json(text)
+            for bundle in dataset.iter_internal_ref_bundles():
+                for block in ray.get([entry.ref for entry in bundle.blocks]):
+                    for text in block["receipt"].to_pylist():
+                        yield Receipt.from_json(text)
         return
     except Exception as error:  # Ray's and Ray Data's own have no common base
         failure = _failure(error)
-    # Not from within: its traceback holds actors in a cycle, and these their CPUs, until both are collected.
+    # Not from within: the error's frames hold actors in a cycle, and these their CPUs, until both are collected.
     gc.collect()
     raise failure
 

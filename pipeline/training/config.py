@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import JobConfig, Section
+from pipeline.config import ClusterConfig, JobConfig, Section
 from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.models.bundle import Architecture, Name
@@ -288,6 +288,8 @@ class TrainConfig(JobConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     compute: TrainComputeConfig = TrainComputeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 

@@ -34,6 +34,7 @@ MAY_CHANGE: dict[str, Any] = {
     "export": True,
     "progress_interval_s": True,
     "checkpoint": True,
+    "cluster": True,
     "registry": True,
     "data": {
         "decode_threads",

@@ -221,7 +221,29 @@ def test_what_stops_a_worker_stops_the_run_with_its_reason_and_frees_its_cpus(wo
     (blocked / "predictions").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="blocked/predictions") as caught:
         run(world, run_id="blocked", output=str(blocked))
-    assert caught.value.__context__ is None  # nor does who keeps the error keep the actors
+    assert_all_cpus_come_free(caught.value)
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_after_its_first_commits_frees_its_cpus(world, local_ray, no_collector, monkeypatch):
+    commits = world / "tables/_runs/fails-late/commits"
+
+    class FailsLate(PredictFused):
+        def __call__(self, rows):
+            if shard_of(rows).shard_id == 3:
+                while not list(commits.glob("*.json")):
+                    time.sleep(0.05)
+                raise RunError("no more")
+            return super().__call__(rows)
+
+    monkeypatch.setattr("pipeline.inference.flow.PredictFused", FailsLate)
+    with pytest.raises(RunError, match="no more") as caught:
+        run(world, run_id="fails-late")
+    assert_all_cpus_come_free(caught.value)
+
+
+def assert_all_cpus_come_free(error):
+    assert error.__context__ is None  # who keeps the error keeps no actors
     deadline = time.monotonic() + 60
     while (num_free := ray.available_resources().get("CPU", 0)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -51,7 +51,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Shards are packed one by one in this process; lists those that were."""
     done: list[int] = []
 
-    def pack_all(work, ordered, pending, records, progress_interval_s) -> float:
+    def pack_all(config, work, ordered, pending, records) -> float:
         for shard in pending:
             commit(records, pack_and_write(work, ordered, shard))
             done.append(shard.shard_id)
@@ -288,7 +288,7 @@ def test_images_that_are_gone_are_rows_of_the_errors_table(world, tmp_path, with
 @pytest.fixture
 def in_local_ray(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def connected() -> Iterator[list[Node]]:
+    def connected(*asked: int) -> Iterator[list[Node]]:
         yield [Node(cpus=2)]
 
     monkeypatch.setattr(jobs.pack, "connected_ray", connected)
@@ -315,7 +315,7 @@ def test_what_stops_a_task_stops_the_packing_with_its_reason(world, tmp_path, in
 
 def test_a_cluster_without_a_cpu_is_refused_instead_of_waited_for(world, tmp_path, monkeypatch):
     @contextmanager
-    def connected() -> Iterator[list[Node]]:
+    def connected(*asked: int) -> Iterator[list[Node]]:
         yield [Node(cpus=0, gpus=1)]
 
     monkeypatch.setattr(jobs.pack, "connected_ray", connected)
