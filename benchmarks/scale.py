@@ -28,6 +28,7 @@ import pyarrow as pa
 from benchmarks.manifest_scale import make_bundle, measure
 from pipeline import storage
 from pipeline.cluster import connected_ray
+from pipeline.config import ClusterConfig
 from pipeline.data.manifest import write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
 from pipeline.inference import flow, workers
@@ -155,7 +156,7 @@ def run(folder: str, work_s: float = 0.0) -> int:
     NullFused.work_s = work_s
     flow.PredictFused = NullFused  # type: ignore[attr-defined,assignment]
     config = config_of(folder)
-    with connected_ray() as nodes:
+    with connected_ray(ClusterConfig()) as nodes:
         summary = flow.predict(config, *resolve_inputs(config), nodes)
     commits = sorted(path.stat().st_mtime for path in Path(folder, "tables/_runs/scale/commits").iterdir())
     begun = commits[-summary["num_pending"]]

@@ -51,7 +51,6 @@ class BenchmarkConfig(JobConfig):
     compute: ComputeConfig = ComputeConfig()
     """Where the work runs."""
     cluster: ClusterConfig = ClusterConfig()
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 
@@ -67,7 +66,7 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
     manifest, models = resolve_inputs(of_run)
     from pipeline.inference.flow import run_shards
 
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    with connected_ray(config.cluster) as nodes:
         layout = choose_layout(nodes, config.compute, manifest.num_shards)
         plan = make_plan(of_run, manifest, models, layout)
         workers = workers_of(layout, nodes)

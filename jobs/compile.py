@@ -58,7 +58,6 @@ class CompileConfig(JobConfig):
     agreement: AgreementLimits = AgreementLimits()
     """With float32, below which the job fails, and predict would not use it."""
     cluster: ClusterConfig = ClusterConfig()
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
 
 
 def main(config: CompileConfig) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def main(config: CompileConfig) -> dict[str, Any]:
         Manifest.open(storage.normalise(config.manifest))
     import ray
 
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.device)
         if config.precision == "int8" and device == "cuda":
             raise ConfigError("precision: int8 is for CPUs, got GPUs; use auto, or device cpu")

@@ -88,7 +88,7 @@ def main(config: DegradationConfig) -> dict[str, Any]:
     from pipeline.report.charts import to_svg
     from pipeline.report.degradation import build_table, draw_degradation
 
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    with connected_ray(config.cluster) as nodes:
         nets = _train_all(config, nets, nodes)
     curves = {net.name: _conclude(net) for net in nets}
     uri = storage.join(storage.normalise(config.output), config.run_id)

@@ -67,7 +67,6 @@ class EvaluateConfig(JobConfig):
     """Images per forward pass; unset: 16 on CPUs, 256 on GPUs, as in predict."""
     compute: EvaluateComputeConfig = EvaluateComputeConfig()
     cluster: ClusterConfig = ClusterConfig()
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 
@@ -82,7 +81,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     config.protocol.check(bundle.preprocessing)
     from pipeline.training.verdict import Verdict
 
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)
         outcome, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)
     verdict = Verdict(bundle, bundle_uri, manifest, config.protocol, config.compute.precision, outcome)

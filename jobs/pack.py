@@ -60,7 +60,6 @@ class PackConfig(JobConfig):
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
     cluster: ClusterConfig = ClusterConfig()
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 
@@ -178,7 +177,7 @@ def _pack_and_commit(
     config: PackConfig, work: Work, ordered: Manifest, pending: Sequence[Shard], records: str
 ) -> float:
     """Do what is pending; the images per second of this attempt."""
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    with connected_ray(config.cluster) as nodes:
         if not any(node.cpus for node in nodes):
             raise ConfigError("expected a cluster with at least one CPU, got none; add nodes")
         from pipeline.inference.flow import commit_receipts, receipts_of, shard_dataset, start_attempts

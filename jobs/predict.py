@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs import run_job
 from pipeline.cluster import connected_ray
+from pipeline.config import ClusterConfig
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.plan import resolve_inputs
 
@@ -17,7 +18,8 @@ def main(config: PredictConfig) -> dict[str, Any]:
     manifest, models = resolve_inputs(config)  # what is wrong here is said before a cluster is waited for
     from pipeline.inference.flow import predict
 
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    awaited = ClusterConfig() if config.dry_run else config.cluster
+    with connected_ray(awaited) as nodes:
         return predict(config, manifest, models, nodes)
 
 

@@ -27,7 +27,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     from pipeline.training.tracking import Tracker
     from pipeline.training.trainer import choose_workers, run_training
 
-    with connected_ray(config.cluster.cpus, config.cluster.gpus) as nodes:
+    with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)
         run = run.model_copy(update={"device": device})
         workers = choose_workers(

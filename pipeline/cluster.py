@@ -16,9 +16,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from pipeline.config import ClusterConfig  # pydantic's import, which workers that count do without
 
 Device = Literal["cpu", "cuda"]
 
@@ -59,11 +62,11 @@ def default_batch_size(device: Device) -> int:
 
 
 @contextlib.contextmanager
-def connected_ray(cpus: int = 0, gpus: int = 0) -> Iterator[list[Node]]:
+def connected_ray(awaited: "ClusterConfig") -> Iterator[list[Node]]:
     """Connect to the cluster that RAY_ADDRESS names (`ray job submit` sets it), or a local one; yields its nodes.
 
-    They are its nodes once so many `cpus` and `gpus` are free, which an autoscaler is asked for and is waited for.
-    Raises ConfigError for an address that is none and for a local one that never has as many, RunError where no cluster
+    Waits first until what is `awaited` is free, and then lets it go: who comes in between may take it. Raises
+    ConfigError for an address that is none and for a local one that never has as much, RunError where no cluster
     answers or a local one does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -77,8 +80,8 @@ def connected_ray(cpus: int = 0, gpus: int = 0) -> Iterator[list[Node]]:
         signal.raise_signal(signal.SIGTERM)
         raise
     try:
-        if cpus or gpus:
-            _wait_for_free(cpus, gpus, can_grow=address != "local")
+        if awaited.cpus or awaited.gpus:
+            _wait_until_free(awaited, can_grow=address != "local")
         yield _nodes()
     finally:
         ray.shutdown()
@@ -91,8 +94,8 @@ def _nodes() -> list[Node]:
     return [Node(cpus=int(each.get("CPU", 0)), gpus=int(each.get("GPU", 0))) for each in resources]
 
 
-def _wait_for_free(cpus: int, gpus: int, *, can_grow: bool) -> None:
-    """Wait until so much is free: what a placement group lacks, an autoscaler brings.
+def _wait_until_free(awaited: "ClusterConfig", *, can_grow: bool) -> None:
+    """Have a placement group for a moment: what it lacks, an autoscaler brings.
 
     `ray.autoscaler.sdk.request_resources` would take the place of other jobs' requests, and outlive its own.
     """
@@ -100,19 +103,22 @@ def _wait_for_free(cpus: int, gpus: int, *, can_grow: bool) -> None:
 
     nodes = _nodes()
     there = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    if not can_grow and (cpus > there[0] or gpus > there[1]):
+    in_short = in_words(awaited.cpus, awaited.gpus)
+    if not can_grow and (awaited.cpus > there[0] or awaited.gpus > there[1]):
         raise ConfigError(
-            f"cluster: {in_words(cpus, gpus)} asked for, but a Ray of this machine's own has {in_words(*there)}; set "
-            "RAY_ADDRESS to a cluster's, or ask for less"
+            f"cluster: {in_short} asked for, but a Ray of this machine's own has {in_words(*there)}; set RAY_ADDRESS "
+            "to a cluster's, or ask for less"
         )
-    group = placement_group([{"GPU": 1}] * gpus + [{"CPU": 1}] * cpus)
+    group = placement_group([{"GPU": 1}] * awaited.gpus + [{"CPU": 1}] * awaited.cpus)
     begun = told = time.monotonic()
     try:
         while not group.wait(1):  # hears no signal meanwhile
             if (now := time.monotonic()) - told >= BEGIN_WITHIN_S:
                 told = now
                 logger.warning(
-                    f"not begun within {now - begun:.0f} s: {in_words(cpus, gpus)} (cluster); {_free_in_words()}"
+                    f"not begun within {now - begun:.0f} s: cluster.cpus and cluster.gpus ask for {in_short}; free "
+                    f"now: {_free_in_words()}. Waiting goes on: nodes may be on their way. If not, other jobs hold "
+                    "what is missing, or the cluster never grows so large: stop these, or ask for less"
                 )
     finally:
         remove_placement_group(group)
@@ -324,7 +330,8 @@ def _tell_what_waits(witness: Any, asked: Mapping[str, str]) -> None:
     logger.warning(
         f"not begun within {BEGIN_WITHIN_S:.0f} s: "
         f"{', '.join(f'{number} times {text}' if number > 1 else text for text, number in words.items())}; "
-        f"{_free_in_words()}"
+        f"free in the cluster now: {_free_in_words()}. Waiting goes on; where other jobs hold what is missing, stop "
+        "these or ask for less"
     )
 
 
@@ -332,10 +339,7 @@ def _free_in_words() -> str:
     import ray
 
     free = ray.available_resources()
-    return (
-        f"free in the cluster now: {in_words(free.get('CPU', 0), free.get('GPU', 0))}. Waiting goes on; where other "
-        "jobs hold what is missing, stop these or ask for less"
-    )
+    return in_words(free.get("CPU", 0), free.get("GPU", 0))
 
 
 def in_words(cpus: float, gpus: float) -> str:

@@ -33,12 +33,12 @@ class Section(BaseModel):
 
 
 class ClusterConfig(Section):
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
+    """What is waited for, for ever if need be, before the work begins on all nodes that are up by then."""
 
     cpus: int = Field(0, ge=0)
-    """CPUs; 0: those of the nodes that are up."""
+    """CPUs that must be free; an autoscaler is asked for those that are not there."""
     gpus: int = Field(0, ge=0)
-    """GPUs; 0: those of the nodes that are up."""
+    """GPUs, likewise."""
 
 
 class JobConfig(BaseSettings):

@@ -1,5 +1,6 @@
 """Shared by all tests: one local Ray for those that want one, a bucket of a real object store for those marked `s3`."""
 
+import gc
 import os
 import threading
 import time
@@ -55,6 +56,13 @@ def local_ray() -> Iterator[None]:
     start_ray(num_cpus=2)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def last_test_let_go(request: pytest.FixtureRequest) -> None:
+    """Of what pytest kept of the test before, its log for one: errors of Ray Data hold actors, and these CPUs."""
+    if "local_ray" in request.fixturenames:
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ A store that gives or takes fewer images than the pools could work through bound
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal, TypeAlias
@@ -112,7 +112,7 @@ class Observed:
         self.seconds: Counter[str] = Counter()
         self._images, self._began, self._ended = array("d"), array("d"), array("d")
 
-    def noting(self, receipts: Iterable[Receipt]) -> Iterator[Receipt]:
+    def noting(self, receipts: Iterable[Receipt]) -> Generator[Receipt, None, None]:
         """`receipts` as they come, added up in passing."""
         for receipt in receipts:
             self.num_images += receipt.num_images

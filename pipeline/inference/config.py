@@ -171,6 +171,5 @@ class PredictConfig(JobConfig):
     prices: PricesConfig = PricesConfig()
     """What the cluster costs."""
     cluster: ClusterConfig = ClusterConfig()
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""

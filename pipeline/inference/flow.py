@@ -16,14 +16,17 @@ import math
 import re
 import sys
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import ray
 import ray.data
+from ray.data.block import BlockAccessor
 
 from pipeline import errors, storage
 from pipeline.cluster import Node, heard, in_words, start_here
@@ -112,7 +115,12 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
 
 
 def commit_receipts(
-    run_uri: str, receipts: Iterator[Receipt], *, num_images: int, num_done: int, progress_interval_s: float
+    run_uri: str,
+    receipts: Generator[Receipt, None, None],
+    *,
+    num_images: int,
+    num_done: int,
+    progress_interval_s: float,
 ) -> float:
     """Commit receipts as they come; the images per second of this attempt, the workers' start included.
 
@@ -121,6 +129,7 @@ def commit_receipts(
     with (
         RunProgress(num_images=num_images, num_done=num_done, interval_s=progress_interval_s) as progress,
         ThreadPoolExecutor(_COMMITS_IN_FLIGHT, thread_name_prefix="commit") as pool,
+        closing(receipts),  # else the work would go on for as long as somebody keeps what a commit raises
     ):
         commits: deque[Future[None]] = deque()
         for receipt in receipts:
@@ -147,7 +156,7 @@ def _describe(plan: Plan, layout: Layout) -> Summary:
     }
 
 
-def run_shards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
+def run_shards(plan: Plan, layout: Layout) -> Generator[Receipt, None, None]:
     """Receipts of the plan's pending shards, as they are written, in no particular order.
 
     Needs a connected Ray. Raises RunError where a shard kills its process `MAX_DEATHS` times, or work on it fails.
@@ -226,24 +235,25 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=min(len(rows), most_tasks))
 
 
-def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, str]) -> Iterator[Receipt]:
+def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, str]) -> Generator[Receipt, None, None]:
     """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
 
     `asked` is what the dataset asks of the cluster, as `cluster.heard` takes it: one may have to wait for it.
     Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.
     """
+    failure: PipelineError | None = None
     try:
         with heard(attempts, asked):
             for bundle in dataset.iter_internal_ref_bundles():
                 for block in ray.get([entry.ref for entry in bundle.blocks]):
-                    for text in block["receipt"].to_pylist():
+                    for text in BlockAccessor.for_block(block).to_arrow()["receipt"].to_pylist():
                         yield Receipt.from_json(text)
-        return
     except Exception as error:  # Ray's and Ray Data's own have no common base
         failure = _failure(error)
-    # Not from within: the error's frames hold actors in a cycle, and these their CPUs, until both are collected.
-    gc.collect()
-    raise failure
+    finally:
+        gc.collect()  # what Ray Data leaves holds actors in cycles, and these their CPUs
+    if failure is not None:
+        raise failure  # not from the error, whose frames hold them too
 
 
 def _failure(error: BaseException) -> PipelineError:
@@ -253,7 +263,8 @@ def _failure(error: BaseException) -> PipelineError:
         name, message = ours[-1]
         kind = getattr(errors, name)
         return (kind if kind.exit_code == ConfigError.exit_code else RunError)(message.rstrip("\n"))
-    logging.getLogger(__name__).error("a worker failed", exc_info=error)  # unforeseen, so the traceback is wanted
+    whole = "".join(traceback.format_exception(error))  # unforeseen, so wanted; as text, which holds no actors
+    logging.getLogger(__name__).error("a worker failed:\n%s", whole)
     raised = re.findall(r"^(?!ray\.)[\w.]+(?:Error|Exception)\b.*", text, re.MULTILINE)
     cause = (raised or [text])[-1]
     remedy = " Set a smaller compute.batch_size and another run_id" if "torch.OutOfMemoryError" in cause else ""
@@ -274,4 +285,4 @@ def _configure_ray_data() -> None:
     scaling = context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 1.0  # all busy: Ray waits for more than we queue
     scaling.actor_pool_util_downscaling_threshold = -1.0  # an actor that is idle for a moment took long to start
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told by `_failure`
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

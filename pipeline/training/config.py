@@ -289,7 +289,6 @@ class TrainConfig(JobConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     compute: TrainComputeConfig = TrainComputeConfig()
     cluster: ClusterConfig = ClusterConfig()
-    """What must be free before the work begins; an autoscaler is asked for what is missing."""
     progress_interval_s: float = Field(5.0, gt=0)
     """Seconds between progress lines where standard error is no terminal."""
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import ray
 
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
-from pipeline.errors import BundleError, ManifestError, RunError
+from pipeline.errors import BundleError, ManifestError, RunError, StorageError
 from pipeline.inference import blocks
 from pipeline.inference.blocks import PreparedShard
 from pipeline.inference.flow import _failure, predict, run_shards, shard_dataset
@@ -49,9 +50,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def no_collector():
-    """What only the garbage collector frees stays, as it may for very long in a process of many objects."""
+    """What only the garbage collector frees stays, as it may for very long in a process of many objects; no log does,
+    which pytest would keep, with what Ray Data puts in its records.
+    """
     gc.disable()
+    logging.disable(logging.ERROR)
     yield
+    logging.disable(logging.NOTSET)
     gc.enable()
 
 
@@ -239,6 +244,17 @@ def test_a_run_that_fails_after_its_first_commits_frees_its_cpus(world, local_ra
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", FailsLate)
     with pytest.raises(RunError, match="no more") as caught:
         run(world, run_id="fails-late")
+    assert_all_cpus_come_free(caught.value)
+
+
+@pytest.mark.ray
+def test_a_commit_that_fails_ends_the_work_and_frees_its_cpus(world, local_ray, no_collector, monkeypatch):
+    def fail(run_uri, receipt):
+        raise StorageError("no space left")
+
+    monkeypatch.setattr("pipeline.inference.flow.commit", fail)
+    with pytest.raises(StorageError, match="no space left") as caught:
+        run(world, run_id="full-disk")
     assert_all_cpus_come_free(caught.value)
 
 

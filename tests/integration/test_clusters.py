@@ -55,7 +55,7 @@ def test_a_cluster_of_one_cpu_refuses_at_once_what_does_not_fit_and_finishes_wha
     refusal = predict(world, "too-big", address, compute__actors=4, expected_code=2)
     assert "4 actors of 1 CPUs each do not fit this cluster, 1 do" in refusal["message"]
     assert not (world / "tables/_runs/too-big").exists()
-    summary = predict(world, "one-cpu", address)
+    summary = predict(world, "one-cpu", address, cluster__cpus=1)
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 57, 3)
     assert run_job("verify", output=world / "tables", run_id="one-cpu")["status"] == "verified"
 

@@ -111,13 +111,13 @@ USE_RAY = """
 import sys, time
 from jobs import run_job
 from pipeline.cluster import connected_ray
-from pipeline.config import JobConfig
+from pipeline.config import ClusterConfig, JobConfig
 
 class Example(JobConfig):
     "An example."
 
 def main(config):
-    with connected_ray():
+    with connected_ray(ClusterConfig()):
         import ray
         try:
             print("ready", file=sys.stderr, flush=True)

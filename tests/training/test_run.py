@@ -168,6 +168,7 @@ def test_a_resume_under_a_changed_config_names_the_field(root, name, fields):
     [
         {"alias": "production", "progress_interval_s": 1},
         {"name": "other", "version": "2"},
+        {"cluster": {"cpus": 8, "gpus": 1}},
         {"checkpoint": {"every_steps": 3, "keep_last": 5}},
         {"compute": {"num_workers": [1, 4], "cpus_per_worker": 1, "max_failures": 0}},
         {"data": {"decode_threads": 3, "prefetch_batches": 9, "fetch_concurrency": 2, "max_error_rate": 0.5}},
