@@ -33,10 +33,11 @@ class Section(BaseModel):
 
 
 class ClusterConfig(Section):
-    """What is waited for, for ever if need be, before the work begins on all nodes that are up by then."""
+    """What is waited for before the work begins on all nodes that are up by then."""
 
     cpus: int = Field(0, ge=0)
-    """CPUs that must be free; an autoscaler is asked for those that are not there."""
+    """CPUs that must be free before the work begins, on all nodes that are up by then; an autoscaler is asked for what
+    is missing, and waited for, for ever if need be."""
     gpus: int = Field(0, ge=0)
     """GPUs, likewise."""
 
