@@ -66,19 +66,19 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
     manifest, models = resolve_inputs(of_run)
     from pipeline.inference.flow import run_shards
 
-    with connected_ray(config.cluster) as nodes:
-        layout = choose_layout(nodes, config.compute, manifest.num_shards)
-        plan = make_plan(of_run, manifest, models, layout)
-        workers = workers_of(layout, nodes)
-        rounds = math.ceil(config.num_images * manifest.num_shards / manifest.num_images / workers)
-        shards = choose_sample(plan, rounds * workers)
-        measure = partial(measure_stages, plan.run, layout, nodes, shards)
-        try:
+    try:
+        with connected_ray(config.cluster) as nodes:
+            layout = choose_layout(nodes, config.compute, manifest.num_shards)
+            plan = make_plan(of_run, manifest, models, layout)
+            workers = workers_of(layout, nodes)
+            rounds = math.ceil(config.num_images * manifest.num_shards / manifest.num_images / workers)
+            shards = choose_sample(plan, rounds * workers)
+            measure = partial(measure_stages, plan.run, layout, nodes, shards)
             before = measure()
             trial = try_shards(plan, layout, shards, scratch_uri, run_shards, config.progress_interval_s)
             rounds_of_stages = [before, *([measure()] if config.measure_again else [])]
-        finally:
-            storage.delete_folder(scratch_uri)
+    finally:  # the workers have ended: they write there until they do
+        storage.delete_folder(scratch_uri)
     timed = {stage: [parts for measured in rounds_of_stages for parts in measured[stage]] for stage in STAGES}
     costs, observed = measured_costs(timed, layout), trial.observed
     verdict = judge(costs, pools_of(layout, nodes), observed.images_per_s(workers))
@@ -128,15 +128,18 @@ def _measure(
         start(run, part, with_networks="predict" in stages, arrive=partial(arrive, witness, name))
         for name, part in parts.items()
     ]
-    with heard(witness, dict.fromkeys(parts, f"a process of {in_words(resources['num_cpus'], resources['num_gpus'])}")):
-        ray.get([process.__ray_ready__.remote() for process in processes])
-        timed: dict[Stage, list[list[Timed]]] = {}
-        for stage in stages:
-            if stage == "predict":
-                ray.get([process.warm_up.remote() for process in processes])
-            timed[stage] = [ray.get([getattr(process, stage).remote() for process in processes])]
-    for process in processes:
-        ray.kill(process)
+    asked = dict.fromkeys(parts, f"a process of {in_words(resources['num_cpus'], resources['num_gpus'])}")
+    timed: dict[Stage, list[list[Timed]]] = {}
+    try:
+        with heard(witness, asked):
+            ray.get([process.__ray_ready__.remote() for process in processes])
+            for stage in stages:
+                if stage == "predict":
+                    ray.get([process.warm_up.remote() for process in processes])
+                timed[stage] = [ray.get([getattr(process, stage).remote() for process in processes])]
+    finally:
+        for process in processes:
+            ray.kill(process)
     return timed
 
 

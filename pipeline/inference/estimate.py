@@ -6,7 +6,7 @@ A trial does the work as the run would, all workers at once, and writes to a pla
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -139,12 +139,18 @@ def try_shards(
     compiled_before, observed, start = _compilations(plan), Observed(), time.monotonic()
     num_images = sum(shard.num_images for shard in shards)
     try:
-        with RunProgress(num_images=num_images, num_done=0, interval_s=progress_interval_s) as progress:
-            for receipt in observed.noting(work(part, layout)):
+        with (
+            RunProgress(num_images=num_images, num_done=0, interval_s=progress_interval_s) as progress,
+            closing(observed.noting(work(part, layout))) as receipts,
+        ):
+            for receipt in receipts:
                 progress.update(num_images=receipt.num_images, num_errors=receipt.num_errors, seconds=receipt.seconds)
         duration_s = time.monotonic() - start
-    finally:
-        storage.delete_folder(scratch_uri)
+    except BaseException:
+        with suppress(StorageError):  # workers may still be at a shard; what failed shall be told
+            storage.delete_folder(scratch_uri)
+        raise
+    storage.delete_folder(scratch_uri)
     compiled_since = {uri: seconds for uri, seconds in _compilations(plan).items() if uri not in compiled_before}
     return Trial(observed, duration_s, sum(compiled_since.values()))
 

@@ -19,6 +19,7 @@ from pipeline.storage.names import TEMPORARY_SUFFIX, split
 from pipeline.storage.stores import REQUEST_S, call_s3, filesystem, is_for_obstore, obstore_of, translated
 
 _LONGEST_WRITE_S = 3600
+_REMOVALS, _BETWEEN_REMOVALS_S = 20, 0.05
 _BYTES_IN_TIME = 64 << 20  # what a request of `REQUEST_S` carries over a line of some 1 MB/s
 _PARTS_AT_ONCE = 4
 _PART_BYTES = _BYTES_IN_TIME // _PARTS_AT_ONCE
@@ -57,14 +58,27 @@ def delete(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Remove every object below `uri`; none there is no error."""
+    """Remove every object below `uri`; none there is no error, nor are others that come and go meanwhile."""
     scheme, path = split(uri)
     if scheme == "file":
-        with translated(uri), suppress(FileNotFoundError):
-            shutil.rmtree(path)
+        with translated(uri):
+            _remove_tree(path)
         return
     for _ in map_concurrently(delete, [info.uri for info in list_objects(uri)]):
         pass
+
+
+def _remove_tree(path: str) -> None:
+    for tries_left in reversed(range(_REMOVALS)):  # each stops at the first file that came or went
+        try:
+            shutil.rmtree(path)
+            return
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+                return
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or not tries_left:
+                raise
+        time.sleep(_BETWEEN_REMOVALS_S)
 
 
 def sweep_temporary_files(uri: str) -> None:

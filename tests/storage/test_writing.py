@@ -1,6 +1,9 @@
+import errno
 import os
+import shutil
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,22 @@ def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(root: str) -> 
     for _ in range(2):
         storage.delete_folder(storage.join(root, "gone"))
     assert [info.uri for info in storage.list_objects(root)] == [storage.join(root, "gone-not")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTEMPTY, errno.EACCES])
+def test_deleting_a_folder_goes_on_where_a_file_came_or_went(tmp_path: Path, monkeypatch, number: int) -> None:
+    storage.write(f"file://{tmp_path}/gone/a", b"-")
+    rmtree, errors = shutil.rmtree, [OSError(number, "meanwhile"), OSError(number, "again")]
+
+    def interrupted(path: str) -> None:
+        if errors:
+            raise errors.pop()
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(StorageError) if number == errno.EACCES else nullcontext():
+        storage.delete_folder(f"file://{tmp_path}/gone")
+    assert (tmp_path / "gone").exists() == (number == errno.EACCES)
 
 
 def test_a_large_object_is_written_in_parts_each_within_its_own_time(own_store, monkeypatch) -> None:
