@@ -75,7 +75,7 @@ def test_a_decoder_crash_takes_the_child_alone() -> None:
     warns_in_pillow = bytearray(encoded("BMP"))
     struct.pack_into("<ii", warns_in_pillow, 18, 10_000, 10_000)  # width, height
     with IsolatedDecoder() as decoder:
-        for data in (PLAIN["jpeg"], OTHERS["png"]):
+        for data in (PLAIN["jpeg"], PLAIN["rotated"], OTHERS["png"]):
             assert torch.equal(decoder.decode(data, max_pixels=MAX_PIXELS), decode(data, max_pixels=MAX_PIXELS))
         assert isolated_refusal(decoder, b"").error == "empty"
         assert isolated_refusal(decoder, bytes(warns_in_pillow)).error == "too_many_pixels"

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.cluster import Node
-from pipeline.errors import RunError
+from pipeline.errors import RunError, StorageError
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PricesConfig
@@ -101,6 +101,20 @@ def test_a_trial_leaves_nothing_behind_however_it_ends(world, is_failing):
     except RunError:
         assert is_failing
     assert list(storage.list_objects(plan.run.uri)) == []
+
+
+def test_a_trial_that_fails_and_leaves_what_cannot_be_removed_tells_why_it_failed(world, monkeypatch):
+    def work(plan: Plan, layout: Layout) -> Iterator[Receipt]:
+        yield from play(plan, layout)
+        raise RunError("a worker failed")
+
+    def refuse(uri: str) -> None:
+        raise StorageError("Directory not empty")
+
+    plan = plan_of(world, run_id="stuck")
+    monkeypatch.setattr(storage, "delete_folder", refuse)
+    with pytest.raises(RunError, match="a worker failed"):
+        try_shards(plan, LAYOUT, choose_sample(plan, 2), f"{plan.run.uri}/estimate", work, progress_interval_s=60)
 
 
 def test_what_a_killed_trial_left_is_swept_and_nothing_else(world):

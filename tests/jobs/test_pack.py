@@ -20,7 +20,7 @@ import jobs.pack
 from jobs.demo_images import CLASSES, draw_set
 from jobs.pack import PackConfig, main, pack_and_write
 from pipeline import storage
-from pipeline.config import load
+from pipeline.config import ClusterConfig, load
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import read_shard
 from pipeline.errors import ConfigError, ImageError, ManifestError, ReconcileError, RunError, StorageError
@@ -288,7 +288,7 @@ def test_images_that_are_gone_are_rows_of_the_errors_table(world, tmp_path, with
 @pytest.fixture
 def in_local_ray(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def connected(*asked: int) -> Iterator[list[Node]]:
+    def connected(awaited: ClusterConfig) -> Iterator[list[Node]]:
         yield [Node(cpus=2)]
 
     monkeypatch.setattr(jobs.pack, "connected_ray", connected)
@@ -315,7 +315,7 @@ def test_what_stops_a_task_stops_the_packing_with_its_reason(world, tmp_path, in
 
 def test_a_cluster_without_a_cpu_is_refused_instead_of_waited_for(world, tmp_path, monkeypatch):
     @contextmanager
-    def connected(*asked: int) -> Iterator[list[Node]]:
+    def connected(awaited: ClusterConfig) -> Iterator[list[Node]]:
         yield [Node(cpus=0, gpus=1)]
 
     monkeypatch.setattr(jobs.pack, "connected_ray", connected)
