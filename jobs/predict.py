@@ -10,14 +10,16 @@ from jobs import run_job
 from pipeline.cluster import connected_ray
 from pipeline.config import ClusterConfig
 from pipeline.inference.config import PredictConfig
-from pipeline.inference.plan import resolve_inputs
+from pipeline.inference.plan import finished_plan, resolve_inputs
 
 
 def main(config: PredictConfig) -> dict[str, Any]:
     """Run, or resume, the run that `config` describes."""
     manifest, models = resolve_inputs(config)  # what is wrong here is said before a cluster is waited for
-    from pipeline.inference.flow import predict
+    from pipeline.inference.flow import predict, report_finished
 
+    if not config.dry_run and (plan := finished_plan(config, manifest, models)) is not None:
+        return report_finished(plan, config)
     awaited = ClusterConfig() if config.dry_run else config.cluster
     with connected_ray(awaited) as nodes:
         return predict(config, manifest, models, nodes)

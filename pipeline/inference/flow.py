@@ -39,8 +39,8 @@ from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import estimate_run, outcome, sweep_trials
 from pipeline.inference.layout import Form, Layout, choose_layout
-from pipeline.inference.plan import Model, Plan, make_plan, record_run
-from pipeline.inference.reconcile import reconcile
+from pipeline.inference.plan import Model, Plan, Run, make_plan, record_run
+from pipeline.inference.reconcile import Totals, reconcile
 from pipeline.inference.workers import (
     SHARDS_AT_ONCE,
     PredictDecoded,
@@ -70,11 +70,12 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     layout = choose_layout(nodes, config.compute, manifest.num_shards)
     plan = make_plan(config, manifest, models, layout)
     layout = replace(layout, decode=plan.run.decode)  # an earlier attempt's
+    described = {**_describe(plan), "layout": asdict(layout)}
     if config.dry_run:
-        return {"status": "dry run", **_describe(plan, layout)}
+        return {"status": "dry run", **described}
     if config.plan:
         estimate = estimate_run(plan, layout, nodes, config, run_shards).model_dump() if plan.num_pending else {}
-        return {"status": "estimated" if estimate else "was done", **_describe(plan, layout), **estimate}
+        return {"status": "estimated" if estimate else "was done", **described, **estimate}
     record_run(plan, config)
     observed = Observed()
     images_per_s = commit_receipts(
@@ -84,34 +85,63 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         num_done=manifest.num_images - sum(shard.num_images for shard in plan.pending_shards()),
         progress_interval_s=config.progress_interval_s,
     )
-    folders = {name: table_folder(name, plan.run.run_id) for name in plan.run.table_names}
-    tables = {name: storage.join(plan.run.output_uri, folder) for name, folder in folders.items()}
-    for folder in (plan.run.uri, *tables.values()):
-        storage.sweep_temporary_files(folder)
-    receipts = read_receipts(plan.run.uri, committed_shard_ids(plan.run.uri))
-    totals = reconcile(plan.run, receipts, plan.run.output_uri, folders.values())
+    totals = _add_up(plan.run)
     duration_s = time.monotonic() - start
     summary = {
         "status": "done" if plan.num_pending else "was done",
-        **_describe(plan, layout),
+        **described,
         **totals.as_dict(),
         "images_per_s": images_per_s,
         "duration_s": round(duration_s, 1),
         "computed_in": networks.describe(plan.run),
         **outcome(plan, layout, nodes, config, observed, duration_s),
-        "tables": tables,
+        "tables": _tables_of(plan.run),
     }
-    uri = storage.join(plan.run.uri, "summary.json")
-    if plan.num_pending or not storage.exists(uri):  # that of who did something says more
-        storage.write(uri, json.dumps(summary, indent=1).encode())
+    if plan.num_pending or not storage.exists(plan.run.summary_uri):  # that of who did something says more
+        storage.write(plan.run.summary_uri, json.dumps(summary, indent=1).encode())
     sweep_trials(plan)
+    _refuse_errors(totals, config, summary)
+    return summary
+
+
+def report_finished(plan: Plan, config: PredictConfig) -> Summary:
+    """What a run of `finished_plan` came to, added up anew; needs no cluster.
+
+    Raises RunError, StorageError, and ReconcileError where the images do not add up any more.
+    """
+    start = time.monotonic()
+    totals = _add_up(plan.run)
+    summary = {
+        "status": "was done",
+        **_describe(plan),
+        **totals.as_dict(),
+        "duration_s": round(time.monotonic() - start, 1),
+        "computed_in": networks.describe(plan.run),
+        "tables": _tables_of(plan.run),
+    }
+    _refuse_errors(totals, config, summary)
+    return summary
+
+
+def _add_up(run: Run) -> Totals:
+    """The receipts of a run that has ended, proven against its tables; what killed attempts have left there goes."""
+    for uri in (run.uri, *_tables_of(run).values()):
+        storage.sweep_temporary_files(uri)
+    receipts = read_receipts(run.uri, committed_shard_ids(run.uri))
+    return reconcile(run, receipts, run.output_uri, [table_folder(name, run.run_id) for name in run.table_names])
+
+
+def _tables_of(run: Run) -> dict[str, str]:
+    return {name: storage.join(run.output_uri, table_folder(name, run.run_id)) for name in run.table_names}
+
+
+def _refuse_errors(totals: Totals, config: PredictConfig, summary: Summary) -> None:
     if totals.num_errors > config.max_error_rate * totals.num_images:
         raise RunError(
             f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "
             f"(max_error_rate), {totals.num_errors} are; the errors table says why",
             **{name: value for name, value in summary.items() if name != "status"},
         )
-    return summary
 
 
 def commit_receipts(
@@ -143,7 +173,7 @@ def commit_receipts(
         return rate
 
 
-def _describe(plan: Plan, layout: Layout) -> Summary:
+def _describe(plan: Plan) -> Summary:
     return {
         "run_id": plan.run.run_id,
         "output": plan.run.output_uri,
@@ -152,7 +182,6 @@ def _describe(plan: Plan, layout: Layout) -> Summary:
         "num_shards": plan.run.num_shards,
         "num_pending": plan.num_pending,
         "batch_size": plan.run.batch_size,
-        "layout": asdict(layout),
     }
 
 

@@ -66,6 +66,11 @@ class Run(BaseModel):
         return run_uri(self.output_uri, self.run_id)
 
     @property
+    def summary_uri(self) -> str:
+        """Where it is told how it ended; nothing is there until it has."""
+        return storage.join(self.uri, "summary.json")
+
+    @property
     def table_names(self) -> list[TableName]:
         """The tables it writes."""
         return [*self.tables.names, "errors"]
@@ -133,6 +138,20 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     return Plan(run, manifest, committed_shard_ids(run.uri))
 
 
+def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]) -> Plan | None:
+    """The plan of a run that an earlier attempt has finished, None of any other; asks no cluster what it has.
+
+    Raises ConfigError as `make_plan` does.
+    """
+    earlier = _read_run(run_uri(storage.normalise(config.output), _run_id(config, manifest, models)))
+    if earlier is None or not storage.exists(earlier.summary_uri):
+        return None
+    device = earlier.device if config.compute.device == "auto" else config.compute.device
+    as_before = Layout("fused", device, 1, earlier.num_threads, gpus_per_actor=0, decode=earlier.decode)
+    plan = make_plan(config, manifest, models, as_before)
+    return plan if plan.num_pending == 0 else None
+
+
 def record_run(plan: Plan, config: PredictConfig) -> None:
     """Write the run's `config.yaml` and `plan.json`, unless an attempt before did. Raises ConfigError, StorageError."""
     if _read_run(plan.run.uri) is None:
@@ -160,7 +179,10 @@ def list_run_ids(output_uri: str) -> list[str]:
     return [name for name in names if storage.exists(_plan_uri(run_uri(output_uri, name)))]
 
 
-def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Run:
+def _run_id(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]) -> str:
+    """That of the config, or one of what decides the tables: the same command goes on with the same run."""
+    if config.run_id:
+        return config.run_id
     identity = json.dumps(
         [
             manifest.digest,
@@ -170,8 +192,12 @@ def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model
             *_unlike_default(config),
         ]
     )
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Run:
     return Run(
-        run_id=config.run_id or hashlib.sha256(identity.encode()).hexdigest()[:12],
+        run_id=_run_id(config, manifest, models),
         manifest_uri=manifest.uri,
         manifest_digest=manifest.digest,
         num_images=manifest.num_images,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.errors import BundleError, ConfigError, ManifestError
 from pipeline.inference.commit import Receipt, commit
-from pipeline.inference.plan import list_run_ids, make_plan, read_run, record_run, resolve_inputs
+from pipeline.inference.plan import finished_plan, list_run_ids, make_plan, read_run, record_run, resolve_inputs
 from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of
 
 
@@ -111,6 +111,34 @@ def test_a_run_that_gpus_decoded_is_not_gone_on_with_by_cpus(world):
     record_run(make_plan(config, *resolve_inputs(config), on_gpus), config)
     resumed = make_plan(config, *resolve_inputs(config), replace(on_gpus, decode="gpu"))
     assert resumed.run.decode == "cpu"  # CPUs were enough then, and still can
+
+
+@pytest.mark.parametrize(("device", "decode"), [("cpu", "cpu"), ("cuda", "cpu"), ("cuda", "gpu")])
+def test_a_finished_run_is_known_without_the_cluster_it_ran_on(world, device, decode):
+    run_id = f"finished-{device}-{decode}"
+    config = config_of(world, run_id=run_id)
+    plan = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, device=device, decode=decode))
+    record_run(plan, config)
+
+    def finished(**fields):
+        config = config_of(world, run_id=run_id, **fields)
+        return finished_plan(config, *resolve_inputs(config))
+
+    assert finished() is None
+    for shard in plan.pending_shards():
+        commit(plan.run.uri, Receipt(shard.shard_id, shard.num_images, shard.num_images, 0, {}, [], {}))
+    assert finished() is None  # killed before its sums were proven
+    storage.write(plan.run.summary_uri, b"{}")
+    assert (finished().run, finished().num_pending) == (plan.run, 0)
+    with pytest.raises(ConfigError, match="precision"):
+        finished(compute={"precision": "float32"})
+    storage.delete(storage.join(plan.run.uri, "commits", "00000001.json"))
+    assert finished() is None
+
+
+def test_a_run_that_never_began_is_not_finished(world):
+    config = config_of(world, run_id="never")
+    assert finished_plan(config, *resolve_inputs(config)) is None
 
 
 def test_a_run_may_go_on_with_moved_bundles_and_fetch_harder(world, tmp_path):
