@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +24,24 @@ from pipeline.errors import ImageError, RunError
 DECODED_WITHIN_S = 120.0
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Caution:
+    """How images that may kill their decoder are met: each is decoded `isolated`, while one is under suspicion; those
+    found to do so are `known`, by uri, and not decoded again.
+    """
+
+    isolated: bool = False
+    known: Mapping[str, ImageError] = field(default_factory=dict)
+
+
+NO_CAUTION = Caution()
+
+
+def is_deadly(error: ImageError) -> bool:
+    """Whether it tells of an image that has crashed its decoder or held it too long."""
+    return error.stage == "decode" and error.error in ("crashed", "timed_out")
 
 
 def guarded_decoder(*, isolated: bool) -> "WatchedDecoder | IsolatedDecoder":

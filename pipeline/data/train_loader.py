@@ -9,6 +9,7 @@ An image that fails keeps its place, black and without weight, so that a batch i
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import storage
-from pipeline.data import images
+from pipeline.data.decoders import NO_CAUTION, Caution, guarded_decoder
 from pipeline.data.manifest import Shard
 from pipeline.data.readers import LOOSE_BYTES_AHEAD, ImageRef, ReadLimits, fetch_image, image_refs, read_shard
 from pipeline.data.sampler import EpochOrder, Steps, Window
@@ -63,6 +64,7 @@ class TrainLoader:
     shuffle_window: int | None
     num_threads: int
     pin_memory: bool = False
+    caution: Caution = NO_CAUTION
     errors: dict[str, ImageError] = field(default_factory=dict)
 
     @property
@@ -147,22 +149,27 @@ class TrainLoader:
                 size_of=lambda item: item.ref.size or 0,
                 max_size=LOOSE_BYTES_AHEAD,
             )
-        return storage.map_concurrently(self._decoded, zip(items, sizes_and_draws, strict=False), self.num_threads)
+        num_threads = 1 if self.caution.isolated else self.num_threads
+        with guarded_decoder(isolated=self.caution.isolated) as decoder:
+            decode = partial(self._decoded, decoder.decode)
+            yield from storage.map_concurrently(decode, zip(items, sizes_and_draws, strict=False), num_threads)
 
     def _fetched(self, item: "_Item") -> "_Item":
         data = fetch_image(item.ref, allowed_roots=self.limits.allowed_roots, max_bytes=self.limits.max_bytes)
         return _Item(item.ref, item.label, data)
 
-    def _decoded(self, job: "tuple[_Item, tuple[int, Draws]]") -> "_Decoded":
+    def _decoded(self, decode: Callable[..., torch.Tensor], job: "tuple[_Item, tuple[int, Draws]]") -> "_Decoded":
         item, (size, draws) = job
         try:
+            if (known := self.caution.known.get(item.ref.uri)) is not None:
+                raise known
             if isinstance(item.data, ImageError):
                 if item.data.error == "storage_error":
                     cause = item.data.with_cause
                     raise StorageError(f"{cause}; training goes on from its last checkpoint when the store is back")
                 raise item.data
             assert item.data is not None
-            image = images.decode(item.data, max_pixels=self.limits.max_pixels)
+            image = decode(item.data, max_pixels=self.limits.max_pixels)
             return _Decoded(item.ref.uri, item.label, self.geometry(image, size, draws))
         except ImageError as error:
             self.errors.setdefault(item.ref.uri, error)

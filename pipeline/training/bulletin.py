@@ -15,7 +15,14 @@ class Bulletin(Witness):
         super().__init__()
         self._told: list[Status] = []
         self._should_stop = False
+        self._begun: set[tuple[int, int]] = set()
         self._ended: tuple[PipelineError | None, bytes] = None, b""
+
+    def begin(self, rank: int, step: int) -> bool:
+        """A rank begins from that step; whether it has before."""
+        has_begun = (rank, step) in self._begun
+        self._begun.add((rank, step))
+        return has_begun
 
     def tell(self, status: Status) -> bool:
         """Keep it for the driver; whether a stop was asked for."""

@@ -13,7 +13,7 @@ cross-entropy of that average, without label smoothing.
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.data.images import decode
-from pipeline.data.loader import Batch, LoadLog, load_batches
+from pipeline.data.decoders import NO_CAUTION, Caution, guarded_decoder
+from pipeline.data.loader import Batch, Decode, LoadLog, load_batches
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
@@ -54,6 +54,7 @@ class Setup:
     precision: torch.dtype | None = None
     keep_hardest: int = 0
     num_threads: int = 1
+    caution: Caution = NO_CAUTION
     max_error_rate: float = 1.0
 
 
@@ -190,20 +191,27 @@ def evaluate_parts(
     """Judge the images of `parts`, whose labels are known to be in order; as `evaluate`, for one process."""
     outcome = Outcome(Counts.empty(network.num_classes), [], [])
     num_done = 0
-    with _in_eval_mode(network), torch.inference_mode():
+    with (
+        _in_eval_mode(network),
+        torch.inference_mode(),
+        guarded_decoder(isolated=setup.caution.isolated) as decoder,
+    ):
+        decode = partial(decoder.decode, max_pixels=setup.images.max_pixels)
         for part in parts:
-            _evaluate_part(network, manifest, part, setup, outcome)
+            _evaluate_part(network, manifest, part, setup, decode, outcome)
             num_done += part.num_images
             on_progress(num_done)
     return outcome
 
 
-def _evaluate_part(network: Network, manifest: Manifest, part: Part, setup: Setup, outcome: Outcome) -> None:
+def _evaluate_part(
+    network: Network, manifest: Manifest, part: Part, setup: Setup, decode: Decode, outcome: Outcome
+) -> None:
     """Add what is found of a part to `outcome`, in place: of many classes the counts are large."""
     images = part.images(manifest)
     uris, labels = images["uri"].to_pylist(), images["label"].to_numpy()
     num_judged, log = 0, LoadLog()
-    for batch in _load(part.shard, images, setup, log):
+    for batch in _load(part.shard, images, setup, decode, log):
         judged = _judge(network, batch, labels[batch.rows], setup)
         for row in judged.rows[~judged.is_finite]:
             log.errors[int(row)] = ImageError(
@@ -292,7 +300,7 @@ def _logits(network: Network, batch: Batch, setup: Setup) -> torch.Tensor:
 # --- reading images ---------------------------------------------------------------------------------------------------
 
 
-def _load(shard: Shard, images: pa.Table, setup: Setup, log: LoadLog) -> Iterator[Batch]:
+def _load(shard: Shard, images: pa.Table, setup: Setup, decode: Decode, log: LoadLog) -> Iterator[Batch]:
     encoded = read_shard(
         shard,
         images,
@@ -302,14 +310,21 @@ def _load(shard: Shard, images: pa.Table, setup: Setup, log: LoadLog) -> Iterato
     )
     is_whole = setup.protocol.views == "multi_scale"
     batches = load_batches(
-        _refusing_outages(encoded),
-        partial(decode, max_pixels=setup.images.max_pixels),
+        _withholding(setup.caution.known, images["uri"].to_pylist(), _refusing_outages(encoded)),
+        decode,
         make_views(setup.protocol, setup.preprocessing),
         batch_size=1 if is_whole else setup.batch_size,
-        num_threads=setup.num_threads,
+        num_threads=1 if setup.caution.isolated else setup.num_threads,
         log=log,
     )
     return of_equal_shapes(batches, setup.batch_size * setup.preprocessing.crop_size**2) if is_whole else batches
+
+
+def _withholding(
+    known: Mapping[str, ImageError], uris: Sequence[str], encoded: Iterable[bytes | ImageError]
+) -> Iterator[bytes | ImageError]:
+    for uri, item in zip(uris, encoded, strict=True):
+        yield known.get(uri, item)
 
 
 def _refusing_outages(encoded: Iterable[bytes | ImageError]) -> Iterator[bytes | ImageError]:

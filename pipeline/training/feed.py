@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from pipeline.data.decoders import NO_CAUTION, Caution
 from pipeline.data.decoding_processes import decoded_by_processes, free_shared_memory
 from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
@@ -22,7 +23,7 @@ _THREADS_TO_A_PROCESS = 2  # that decode: the interpreter is a tenth of an image
 Loader = TrainLoader | CachedLoader
 
 
-def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loader:
+def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, caution: Caution = NO_CAUTION) -> Loader:
     """The worker's loader, cached where the config says so. Raises ConfigError where images to cache differ in size."""
     config = run.config
     geometry = augment.Geometry(config.augment, run.preprocessing)
@@ -37,6 +38,7 @@ def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet) -> Loa
         shuffle_window=config.data.shuffle_window if config.data.cache == "none" else None,
         num_threads=config.data.decode_threads or worker.num_threads,
         pin_memory=worker.device.type == "cuda",
+        caution=caution,
     )
     if config.data.cache == "none":
         return loader

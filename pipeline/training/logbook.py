@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.decoders import is_deadly
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
 from pipeline.training.bound import idle_share
@@ -44,6 +45,7 @@ class Logbook:
         self.evaluations: list[dict[str, Any]] = []
         self.errors: dict[str, list[str]] = {}
         self.last_outcome: dict[str, Any] = {}
+        self._deadly: dict[str, list[str]] = {}
         self._num_seen = self._num_failed = 0.0
         self._steps: list[_Step] = []
         self._restart_clock()
@@ -112,6 +114,7 @@ class Logbook:
             "confusion": to_entries(counts.confusion),
             "hardest": [asdict(image) for image in outcome.hardest],
         }
+        self._keep_deadly({failed.uri: [failed.stage, failed.error, failed.message] for failed in outcome.errors})
         told = {f"evaluation_{name}": entry[name] for name in ("top1", "top5", "loss")}
         self._observe({**told, "evaluated_at": step})
         self._restart_clock()  # the evaluation's seconds are not training's
@@ -121,6 +124,15 @@ class Logbook:
         mine = {uri: [error.stage, error.error, error.message] for uri, error in list(failed.items())}
         for of_rank in self._worker.gather(mine):
             self.errors |= of_rank
+            self._keep_deadly(of_rank)
+
+    @property
+    def deadly(self) -> dict[str, ImageError]:
+        """The images, of training and of evaluation, that have killed their decoder, by uri."""
+        return {uri: ImageError(*fields) for uri, fields in self._deadly.items()}
+
+    def _keep_deadly(self, errors: dict[str, list[str]]) -> None:
+        self._deadly |= {uri: fields for uri, fields in errors.items() if is_deadly(ImageError(*fields))}
 
     def has_judged(self, step: int) -> bool:
         """Whether the network of that step was evaluated."""
@@ -132,6 +144,7 @@ class Logbook:
             "history": self.history,
             "evaluations": self.evaluations,
             "errors": self.errors,
+            "deadly": self._deadly,
             "outcome": self.last_outcome,
             "num_seen": self._num_seen,
             "num_failed": self._num_failed,
@@ -141,6 +154,7 @@ class Logbook:
         """Go on from what `state` returned."""
         self.history, self.evaluations = list(state["history"]), list(state["evaluations"])
         self.errors, self.last_outcome = dict(state["errors"]), dict(state["outcome"])
+        self._deadly = dict(state.get("deadly", {}))  # checkpoints of earlier versions have none
         self._num_seen, self._num_failed = state["num_seen"], state["num_failed"]
 
     def _enter(

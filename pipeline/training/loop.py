@@ -4,6 +4,8 @@ The state of a run is its network, optimizer, average and the number of steps do
 that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does.
 """
 
+import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
+from pipeline.data.decoders import Caution
 from pipeline.data.train_loader import TrainBatch, to_device
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError, StorageError
@@ -34,6 +37,8 @@ from pipeline.training.worker import Notice, Worker
 
 NUM_HARDEST = 24
 
+logger = logging.getLogger(__name__)
+
 
 def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_set: TrainingSet) -> bool:
     """Train from the run's last checkpoint, or from the start, to the end; whether all steps are done.
@@ -44,8 +49,13 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
     """
     trainee, log = Trainee(run, worker, train_set), Logbook(run, worker)
     _go_on(run, worker, trainee, log)
-    loader = make_loader(run, worker, train_set)
-    batches = storage.run_ahead(batches_of(run, worker, loader, trainee.step), run.config.data.prefetch_batches)
+    if isolated := worker.begin(trainee.step):
+        logger.warning(
+            "the workers begin again from step %d: until the next checkpoint images are decoded one by one, slowly, in "
+            "case that one kills its decoder",
+            trainee.step,
+        )
+    loader = make_loader(run, worker, train_set, Caution(isolated, log.deadly))
     with CheckpointWriter(run.uri, run.config.checkpoint, since=trainee.step) as writer:
 
         def save() -> None:
@@ -54,16 +64,31 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
             if worker.rank == 0:
                 writer.write({**trainee.state(), **log.state()})
 
+        def is_save_due(step: int) -> bool:
+            return _is_evaluation_due(run, step) or _is_due(step, run.config.checkpoint.every_steps)
+
         def judge_if_due() -> None:
             if _is_evaluation_due(run, trainee.step) and not log.has_judged(trainee.step):
-                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set))
+                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set, Caution(isolated, log.deadly)))
                 save()
 
+        def batches() -> Iterator[TrainBatch]:
+            """Those that are left; after the first checkpoint, which keeps what was found, without isolation."""
+            nonlocal loader, isolated
+            while trainee.step < run.num_steps:
+                ahead = batches_of(run, worker, loader, trainee.step)
+                for batch in storage.run_ahead(ahead, run.config.data.prefetch_batches):
+                    yield batch
+                    if isolated and is_save_due(trainee.step):
+                        isolated = False
+                        loader = make_loader(run, worker, train_set, Caution(isolated, log.deadly))
+                        break
+
         judge_if_due()  # a run that ended between a checkpoint and its evaluation
-        for batch in log.timed(batches):
+        for batch in log.timed(batches()):
             learning_rate = trainee.learning_rate()
             log.add(trainee.step + 1, learning_rate, batch, trainee.train_step(batch, learning_rate))
-            is_due = _is_evaluation_due(run, trainee.step) or _is_due(trainee.step, run.config.checkpoint.every_steps)
+            is_due = is_save_due(trainee.step)
             notice = log.look() if is_due or log.is_look_due(trainee.step) else Notice()
             if is_due or notice.should_checkpoint or notice.should_stop:
                 save()
@@ -260,7 +285,7 @@ def make_network(run: TrainingRun) -> Network:
     return network
 
 
-def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: TrainingSet) -> Outcome:
+def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: TrainingSet, caution: Caution) -> Outcome:
     """The evaluation of what would be published now, over all ranks; `hardest` too. Every rank calls it.
 
     In float32 whatever the training's precision, as inference is: the figures are the bundle's.
@@ -274,6 +299,7 @@ def judge(run: TrainingRun, worker: Worker, trainee: Trainee, evaluation_set: Tr
         keep_hardest=NUM_HARDEST,
         max_error_rate=data.max_error_rate,
         num_threads=data.decode_threads or worker.num_threads,
+        caution=caution,
     )
     worker.share_buffers(trainee.judged_network)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):

@@ -39,7 +39,8 @@ _STOP_WITHIN_S = 60.0
 
 _AFTER_DEATHS = (
     "A worker's process died or was lost: look for out-of-memory kills (a smaller batch_size, fewer workers), lost "
-    "nodes, or an image whose decoder crashes (`python -m jobs.pack --check true` names it); then run again"
+    "nodes, or an image whose decoder crashes (a training finds it if compute.max_failures is at least 2); then run "
+    "again"
 )
 
 T = TypeVar("T")
@@ -174,14 +175,16 @@ def _choose_kernels(compute: TrainComputeConfig) -> None:
 def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(num_threads)  # Ray's actors begin with 1
-    voice = _Voice(bulletin)
+    rank = context.get_world_rank()
+    voice = _Voice(bulletin, rank)
     arrive(bulletin, "workers")
     worker = Worker(
-        rank=context.get_world_rank(),
+        rank=rank,
         world_size=context.get_world_size(),
         num_on_node=context.get_local_world_size(),
         device=ray.train.torch.get_device(),
         num_threads=num_threads,
+        begin=voice.begin,
         notice=voice.notice,
         observe=voice.observe,
     )
@@ -236,10 +239,13 @@ def _in_a_thread(action: Callable[[], None]) -> futures.Future[None]:
 class _Voice:
     """A worker's side of the bulletin; telling waits for no answer, the one before says whether to stop."""
 
-    def __init__(self, bulletin: Any) -> None:
-        self._bulletin = bulletin
+    def __init__(self, bulletin: Any, rank: int) -> None:
+        self._bulletin, self._rank = bulletin, rank
         self._answer: Any = None
         self._was_noticed = False
+
+    def begin(self, step: int) -> bool:
+        return bool(ray.get(self._bulletin.begin.remote(self._rank, step)))
 
     def observe(self, status: Status) -> None:
         self._answer = self._bulletin.tell.remote(status)

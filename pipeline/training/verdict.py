@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import storage
+from pipeline.data.decoders import Caution
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle, load_network
@@ -43,7 +44,13 @@ def judge_bundle(
     return evaluate_together(
         network.to(memory_format=torch.channels_last),
         Manifest.open(manifest_uri),
-        replace(setup, device=worker.device, precision=computed_in, num_threads=worker.num_threads),
+        replace(
+            setup,
+            device=worker.device,
+            precision=computed_in,
+            num_threads=worker.num_threads,
+            caution=Caution(isolated=worker.begin(0)),  # where it died before, an image may be to blame
+        ),
         worker,
         on_progress=lambda num_images: worker.observe({"rank": worker.rank, "images": num_images}),
     )

@@ -22,8 +22,9 @@ class Worker:
     """A rank, one of `num_on_node` on its node. Where `world_size` is over 1, torch.distributed's default group must be
     there.
 
-    `notice` is asked every few steps, by all ranks at the same one; `observe` is told the progress: a training's on
-    rank 0, an evaluation's on each.
+    `begin` is told the step that the work begins from, and tells whether it has begun there before; `notice` is asked
+    every few steps, by all ranks at the same one; `observe` is told the progress: a training's on rank 0, an
+    evaluation's on each.
     """
 
     rank: int = 0
@@ -31,6 +32,7 @@ class Worker:
     num_on_node: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_threads: int = 1
+    begin: Callable[[int], bool] = lambda step: False
     notice: Callable[[], Notice] = Notice
     observe: Callable[[dict[str, Any]], None] = lambda status: None
 

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline import storage
 from pipeline.tables import open_table
-from tests.worlds import make_bundle, run_job
+from tests.training_worlds import make_sets, train_config
+from tests.worlds import list_images, make_bundle, run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -175,23 +177,42 @@ Image.register_open("PPM", Crashing, lambda prefix: prefix.startswith(b"CRASHES"
 """
 
 
-def test_a_decoder_crash_is_survived_and_its_image_named(tmp_path):
-    images, root = tmp_path / "images", str(tmp_path)
+@pytest.fixture
+def where_decoders_crash(tmp_path) -> dict[str, str]:
+    """The environment of a job whose workers die of an image that begins with CRASHES; its Ray is its own."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(CRASHING_DECODER)
+    others = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**others, "PYTHONPATH": f"{site}:{os.getcwd()}"}
+
+
+def test_a_decoder_crash_is_survived_and_its_image_named(tmp_path, where_decoders_crash):
+    images, root = tmp_path / "images", str(tmp_path)
     for index in range(12):
         storage.write(f"file://{images}/{index:02d}.jpg", rgb())
     storage.write(f"file://{images}/05 kills.jpg", b"CRASHES the decoder")
     run_job("manifest", source__uri=images, output=f"{root}/manifest", shard_size=4)
     make_bundle(f"{root}/registry")
     fields = {"manifest": f"{root}/manifest", "registry": f"{root}/registry", "bundles": "tiny"}
-    own_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # whose workers crash
-    summary = run_job(
-        "predict", **fields, output=f"{root}/tables", env={**own_ray, "PYTHONPATH": f"{site}:{os.getcwd()}"}
-    )
+    summary = run_job("predict", **fields, output=f"{root}/tables", env=where_decoders_crash)
     assert (summary["num_predicted"], summary["errors_by_kind"]) == (12, {"decode/crashed": 1})
     [row] = open_table(f"{root}/tables/errors").to_table().to_pylist()
     assert row["uri"].endswith("05 kills.jpg")
     assert "SIGSEGV" in row["message"]
     shutil.rmtree(tmp_path / "tables")
+
+
+def test_a_training_survives_decoder_crashes_and_names_their_images(tmp_path, where_decoders_crash):
+    make_sets(tmp_path, num_train=24, num_evaluation=12)
+    for name in ("train", "evaluation"):
+        class_folder = min(path for path in (tmp_path / f"{name}-images").iterdir() if path.is_dir())
+        (class_folder / "kills.jpg").write_bytes(f"CRASHES the decoder in {name}".encode())
+        shutil.rmtree(tmp_path / name)
+        list_images(tmp_path / f"{name}-images", tmp_path / name, shard_size=7)
+    config = train_config(tmp_path, data={"max_error_rate": 0.5}, compute={"max_failures": 1})
+    (tmp_path / "train.yaml").write_text(config.to_yaml())
+    summary = run_job("train", config=tmp_path / "train.yaml", env=where_decoders_crash)
+    assert (summary["status"], summary["step"], summary["num_errors"]) == ("done", summary["num_steps"], 1)
+    [row] = pq.read_table(tmp_path / "runs/first/errors.parquet").to_pylist()
+    assert (row["uri"].endswith("/kills.jpg"), row["error"]) == (True, "crashed")

@@ -1,5 +1,6 @@
 """The loop does what a plain PyTorch loop does, alone or with others, disturbed or not."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.data import train_loader
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import PipelineError, RunError
 from pipeline.training import checkpoint
@@ -16,7 +18,7 @@ from pipeline.training.loop import Trainee, make_network, refuse_impossible
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Notice, Worker
 from tests.training_worlds import make_sets, make_square_sets, train_config, train_here, train_together
-from tests.worlds import make_bundle
+from tests.worlds import list_images, make_bundle
 
 AUGMENTED = {
     "augment": {"crop": "pad", "size": 32, "policy": "trivial_augment", "random_erasing": 0.5, "mixup": 0.2},
@@ -252,3 +254,43 @@ def test_a_run_goes_on_with_another_number_of_ranks_at_the_very_next_sample(root
     assert last_state(run)["step"] == 4
     train_together(run, 2)
     assert largest_difference(last_state(undisturbed)["network"], last_state(run)["network"]) < 1e-5
+
+
+CRASHES = b"CRASHES the decoder"
+
+
+@pytest.fixture
+def crashing_isolated(monkeypatch, tmp_path):
+    """Decoders die of `CRASHES` where they are isolated; elsewhere they refuse it as of no known format."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, os\n"
+        "from PIL import Image, PpmImagePlugin\n"
+        "if 'pipeline.data.decoders' in ' '.join(sys.orig_argv):\n"
+        f"    Image.register_open('PPM', lambda *_: os.abort(), lambda prefix: prefix.startswith({CRASHES[:7]!r}))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_where_workers_begin_again_images_that_kill_decoders_are_found_and_not_decoded_again(
+    tmp_path, crashing_isolated, cache, monkeypatch
+):
+    make_square_sets(tmp_path)
+    for name in ("train", "evaluation"):
+        (tmp_path / f"{name}-images/class0/kills.png").write_bytes(CRASHES + name.encode())
+        shutil.rmtree(tmp_path / name)
+        list_images(tmp_path / f"{name}-images", tmp_path / name, shard_size=13)
+    isolations = []
+    fields = {"data": {"max_error_rate": 0.5, "cache": cache}, "augment": {"crop": "pad", "size": 32}}
+    config = train_config(tmp_path, epochs=3, **fields)
+    guarded = train_loader.guarded_decoder
+    monkeypatch.setattr(
+        train_loader, "guarded_decoder", lambda *, isolated: isolations.append(isolated) or guarded(isolated=isolated)
+    )
+    run = train_here(config, Worker(begin=lambda step: step == 0))
+    state = last_state(run)
+    assert {uri.rpartition("/")[2]: error for uri, (_, error, _) in state["errors"].items()} == {"kills.png": "crashed"}
+    assert [uri.split("/")[-3] for uri in sorted(state["deadly"])] == ["evaluation-images", "train-images"]
+    assert [entry["num_errors"] for entry in state["evaluations"]] == [1, 1, 1]
+    assert isolations == sorted(isolations, reverse=True)  # until the first checkpoint alone
+    assert isolations.count(False) == (2 if cache == "none" else 1)
