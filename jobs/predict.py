@@ -18,7 +18,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
     manifest, models = resolve_inputs(config)  # what is wrong here is said before a cluster is waited for
     from pipeline.inference.flow import predict, report_finished
 
-    if not config.dry_run and (plan := finished_plan(config, manifest, models)) is not None:
+    if (plan := finished_plan(config, manifest, models)) is not None:
         return report_finished(plan, config)
     awaited = ClusterConfig() if config.dry_run else config.cluster
     with connected_ray(awaited) as nodes:

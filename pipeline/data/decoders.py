@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -89,13 +89,15 @@ class WatchedDecoder:
 class IsolatedDecoder:
     """Decodes one image at a time in a child process, which a crash, a hang or the OOM killer may take.
 
-    A context manager, for one thread at a time. The child serves image after image (it takes as long to start as torch
-    takes to import) and is replaced after its death; it ends with its parent, however that ends.
+    A context manager; one thread decodes at a time. The child serves image after image (it takes as long to start as
+    torch takes to import) and is replaced after its death; it ends with its parent, however that ends.
     """
 
     def __init__(self, *, timeout_s: float = DECODED_WITHIN_S) -> None:
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None
+        self._at_work = threading.Lock()
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -106,26 +108,40 @@ class IsolatedDecoder:
     def decode(self, data: bytes, *, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
         """The same pixels and refusals as `images.decode`, and two more of these: `crashed` and `timed_out`.
 
-        Raises RunError where no child can be started, which is not this image's fault.
+        Raises RunError where no child can be started, or the decoder is closed, which is not this image's fault.
         """
-        if self._child is None:
-            self._start()
-        try:
-            self._connection.send_bytes(json.dumps({"max_pixels": max_pixels, "shrink_to": shrink_to}).encode())
-            self._connection.send_bytes(data)
-            reply = json.loads(self._connection.recv_bytes())
-            pixels = self._connection.recv_bytes()
-        except (EOFError, OSError):
-            raise self._bury() from None
-        except BaseException:  # interrupted half-way: the child's answer must not be taken for the next image's
-            self.close()
-            raise
+        with self._at_work:
+            reply, pixels = self._ask({"max_pixels": max_pixels, "shrink_to": shrink_to}, data)
         if "error" in reply:
             raise ImageError("decode", reply["error"], reply["message"])
         return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(reply["shape"]).permute(2, 0, 1)
 
     def close(self) -> None:
-        """End the child, if there is one."""
+        """End the child, if there is one, also while another thread waits for it."""
+        self._is_closed = True
+        if (child := self._child) is not None:
+            child.kill()
+        with self._at_work:
+            self._end()
+
+    def _ask(self, options: dict[str, object], data: bytes) -> tuple[dict[str, Any], bytes]:
+        if self._child is None and not self._is_closed:
+            self._start()
+        try:
+            if self._is_closed:
+                raise EOFError
+            self._connection.send_bytes(json.dumps(options).encode())
+            self._connection.send_bytes(data)
+            return json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
+        except (EOFError, OSError):
+            if self._is_closed:
+                raise RunError("the isolated decoder was closed while an image was decoded") from None
+            raise self._bury() from None
+        except BaseException:  # interrupted half-way: the child's answer must not be taken for the next image's
+            self._end()
+            raise
+
+    def _end(self) -> None:
         if self._child is not None:
             self._connection.close()
             self._child.kill()  # between two images it holds nothing
@@ -158,7 +174,7 @@ class IsolatedDecoder:
     def _bury(self) -> ImageError:
         assert self._child is not None
         code = self._child.wait()
-        self.close()
+        self._end()
         if code == -signal.SIGALRM:
             return ImageError("decode", "timed_out", f"expected an image within {self._timeout_s:g} s, got none")
         cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -105,16 +105,20 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
 
 
 def report_finished(plan: Plan, config: PredictConfig) -> Summary:
-    """What a run of `finished_plan` came to, added up anew; needs no cluster.
+    """What a run of `finished_plan` came to, added up anew but for dry runs and estimates; needs no cluster.
 
     Raises RunError, StorageError, and ReconcileError where the images do not add up any more.
     """
     start = time.monotonic()
+    if config.dry_run or config.plan:
+        return {"status": "dry run" if config.dry_run else "was done", **_describe(plan)}
     totals = _add_up(plan.run)
+    sweep_trials(plan)
     summary = {
         "status": "was done",
         **_describe(plan),
         **totals.as_dict(),
+        "images_per_s": 0.0,  # of this attempt; summary.json has the one of the attempt that finished it
         "duration_s": round(time.monotonic() - start, 1),
         "computed_in": networks.describe(plan.run),
         "tables": _tables_of(plan.run),

@@ -147,7 +147,8 @@ def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model
     if earlier is None or not storage.exists(earlier.summary_uri):
         return None
     device = earlier.device if config.compute.device == "auto" else config.compute.device
-    as_before = Layout("fused", device, 1, earlier.num_threads, gpus_per_actor=0, decode=earlier.decode)
+    decode = earlier.decode if config.compute.decode == "auto" else config.compute.decode
+    as_before = Layout("fused", device, 1, earlier.num_threads, gpus_per_actor=0, decode=decode)
     plan = make_plan(config, manifest, models, as_before)
     return plan if plan.num_pending == 0 else None
 

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -78,7 +78,7 @@ def chain_ahead(sources: Iterable[Callable[[], Iterator[T]]], concurrency: int) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_ahead(source: Iterable[T], num_items: int) -> Iterator[T]:
+def run_ahead(source: Iterable[T], num_items: int) -> Generator[T, None, None]:
     """The items of `source`, made in a thread of its own, at most `num_items` ahead of the reader.
 
     An exception is raised at its item's turn. The thread does not outlive the iterator.

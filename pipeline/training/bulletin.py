@@ -24,6 +24,10 @@ class Bulletin(Witness):
         self._begun.add((rank, step))
         return has_begun
 
+    def excuse(self) -> None:
+        """It is known why the ranks will begin again: no image is to blame."""
+        self._begun.clear()
+
     def tell(self, status: Status) -> bool:
         """Keep it for the driver; whether a stop was asked for."""
         self._told.append(status)

@@ -1,16 +1,18 @@
 """A worker's batches over a whole run: the loader that the config asks for, and who decodes, threads or processes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 
 import torch
 
-from pipeline.data.decoders import NO_CAUTION, Caution
+from pipeline import storage
+from pipeline.data.decoders import NO_CAUTION, Caution, is_deadly
 from pipeline.data.decoding_processes import decoded_by_processes, free_shared_memory
 from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ImageError
 from pipeline.training import augment
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Worker
@@ -21,6 +23,42 @@ _BYTES_TOLD_OF_AN_IMAGE = 16  # its label, and its part of what tells a shard: s
 _THREADS_TO_A_PROCESS = 2  # that decode: the interpreter is a tenth of an image's work, and is fought for
 
 Loader = TrainLoader | CachedLoader
+
+
+class Feed:
+    """A worker's batches over a whole run, with caution until it is relaxed."""
+
+    def __init__(self, run: TrainingRun, worker: Worker, train_set: TrainingSet, caution: Caution) -> None:
+        self._run, self._worker, self._train_set = run, worker, train_set
+        self.caution = caution
+        self._loader = make_loader(run, worker, train_set, caution)
+
+    @property
+    def errors(self) -> dict[str, ImageError]:
+        """The images that have failed, by uri; of what was read ahead, too."""
+        return self._loader.errors
+
+    def relax(self, known: Mapping[str, ImageError]) -> None:
+        """From the next batch on images are decoded as usual again, but none that is known to kill its decoder."""
+        if self.caution.isolated:
+            self.caution = Caution(known=known)
+
+    def batches(self, step: int) -> Iterator[TrainBatch]:
+        """Those from a step of the run on, made ahead of the reader. Raises as `batches_of`."""
+        while True:
+            caution = self.caution
+            ahead = batches_of(self._run, self._worker, self._loader, step)
+            with closing(storage.run_ahead(ahead, self._run.config.data.prefetch_batches)) as batches:
+                for batch in batches:
+                    yield batch
+                    step += 1
+                    if self.caution is not caution and isinstance(self._loader, TrainLoader):
+                        break
+            if step == self._run.num_steps:
+                return
+            found = {uri: error for uri, error in self._loader.errors.items() if is_deadly(error)}
+            self.caution = Caution(known={**self.caution.known, **found})
+            self._loader = make_loader(self._run, self._worker, self._train_set, self.caution)
 
 
 def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, caution: Caution = NO_CAUTION) -> Loader:

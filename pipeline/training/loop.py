@@ -4,8 +4,6 @@ The state of a run is its network, optimizer, average and the number of steps do
 that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does.
 """
 
-import logging
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import storage
 from pipeline.data.decoders import Caution
 from pipeline.data.train_loader import TrainBatch, to_device
 from pipeline.data.training_set import TrainingSet
@@ -29,15 +26,13 @@ from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.counts import Outcome
 from pipeline.training.ema import Ema
 from pipeline.training.evaluate import Setup, evaluate_together
-from pipeline.training.feed import batches_of, make_loader
+from pipeline.training.feed import Feed
 from pipeline.training.logbook import Logbook
 from pipeline.training.loss import Loss
 from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
 
 NUM_HARDEST = 24
-
-logger = logging.getLogger(__name__)
 
 
 def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_set: TrainingSet) -> bool:
@@ -49,52 +44,34 @@ def train(run: TrainingRun, worker: Worker, train_set: TrainingSet, evaluation_s
     """
     trainee, log = Trainee(run, worker, train_set), Logbook(run, worker)
     _go_on(run, worker, trainee, log)
-    if isolated := worker.begin(trainee.step):
-        logger.warning(
-            "the workers begin again from step %d: until the next checkpoint images are decoded one by one, slowly, in "
-            "case that one kills its decoder",
-            trainee.step,
-        )
-    loader = make_loader(run, worker, train_set, Caution(isolated, log.deadly))
+    feed = Feed(run, worker, train_set, Caution(worker.should_isolate(trainee.step), log.deadly))
     with CheckpointWriter(run.uri, run.config.checkpoint, since=trainee.step) as writer:
 
         def save() -> None:
             trainee.refuse_non_finite()
-            log.gather_errors(loader.errors)
+            log.gather_errors(feed.errors)
             if worker.rank == 0:
                 writer.write({**trainee.state(), **log.state()})
 
-        def is_save_due(step: int) -> bool:
-            return _is_evaluation_due(run, step) or _is_due(step, run.config.checkpoint.every_steps)
-
         def judge_if_due() -> None:
             if _is_evaluation_due(run, trainee.step) and not log.has_judged(trainee.step):
-                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set, Caution(isolated, log.deadly)))
+                caution = replace(feed.caution, known=log.deadly)
+                log.judge(trainee.step, judge(run, worker, trainee, evaluation_set, caution))
                 save()
 
-        def batches() -> Iterator[TrainBatch]:
-            """Those that are left; after the first checkpoint, which keeps what was found, without isolation."""
-            nonlocal loader, isolated
-            while trainee.step < run.num_steps:
-                ahead = batches_of(run, worker, loader, trainee.step)
-                for batch in storage.run_ahead(ahead, run.config.data.prefetch_batches):
-                    yield batch
-                    if isolated and is_save_due(trainee.step):
-                        isolated = False
-                        loader = make_loader(run, worker, train_set, Caution(isolated, log.deadly))
-                        break
-
         judge_if_due()  # a run that ended between a checkpoint and its evaluation
-        for batch in log.timed(batches()):
+        for batch in log.timed(feed.batches(trainee.step)):
             learning_rate = trainee.learning_rate()
             log.add(trainee.step + 1, learning_rate, batch, trainee.train_step(batch, learning_rate))
-            is_due = is_save_due(trainee.step)
+            is_due = _is_evaluation_due(run, trainee.step) or _is_due(trainee.step, run.config.checkpoint.every_steps)
             notice = log.look() if is_due or log.is_look_due(trainee.step) else Notice()
             if is_due or notice.should_checkpoint or notice.should_stop:
                 save()
             if notice.should_stop:
                 break
             judge_if_due()
+            if is_due:  # by then those to blame are found, and kept
+                feed.relax(log.deadly)
     return trainee.step == run.num_steps
 
 

@@ -39,8 +39,7 @@ _STOP_WITHIN_S = 60.0
 
 _AFTER_DEATHS = (
     "A worker's process died or was lost: look for out-of-memory kills (a smaller batch_size, fewer workers), lost "
-    "nodes, or an image whose decoder crashes (a training finds it if compute.max_failures is at least 2); then run "
-    "again"
+    "nodes, or an image whose decoder crashes (`python -m jobs.pack --check true` names it); then run again"
 )
 
 T = TypeVar("T")
@@ -193,6 +192,7 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
         result = work(worker)
     except PipelineError as error:
         if isinstance(error, StorageError) and not isinstance(error, AccessDeniedError):
+            ray.get(bulletin.excuse.remote())
             raise  # perhaps it passes: start again
         failure = error
     if worker.rank == 0 or failure is not None:
@@ -271,7 +271,8 @@ def _cause(error: BaseException) -> str:
         if isinstance(failure, PipelineError):
             return str(failure)
     for failure in failures:
-        if isinstance(getattr(failure, "health_check_failure", failure), ray.exceptions.RayActorError):
+        is_death = isinstance(getattr(failure, "health_check_failure", failure), ray.exceptions.RayActorError)
+        if is_death or str(failure).startswith("DataLoader worker"):  # a process of one that decodes for it
             return f"{failure}\n{_AFTER_DEATHS}"
     return str(failures[0] if failures else error)
 

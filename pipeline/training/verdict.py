@@ -49,7 +49,7 @@ def judge_bundle(
             device=worker.device,
             precision=computed_in,
             num_threads=worker.num_threads,
-            caution=Caution(isolated=worker.begin(0)),  # where it died before, an image may be to blame
+            caution=Caution(isolated=worker.should_isolate(0)),
         ),
         worker,
         on_progress=lambda num_images: worker.observe({"rank": worker.rank, "images": num_images}),

@@ -1,5 +1,6 @@
 """One training process among its peers: who it is, and the few words it exchanges with the others."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,19 @@ class Worker:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def should_isolate(self, step: int) -> bool:
+        """Whether images shall be decoded isolated by the work that begins from `step`: a rank has begun there before,
+        and an image may be to blame that it ended. Every rank calls it.
+        """
+        should_isolate = any(self.gather(self.begin(step)))
+        if should_isolate:
+            logger.warning(
+                "the workers begin again from step %d: images are decoded one by one, slowly, in case that one kills "
+                "its decoder",
+                step,
+            )
+        return should_isolate
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give all ranks rank 0's buffers: each keeps norms' statistics of its own images."""

@@ -5,6 +5,8 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,19 @@ def isolated_refusal(decoder: IsolatedDecoder, data: bytes) -> ImageError:
     with pytest.raises(ImageError) as caught:
         decoder.decode(data, max_pixels=MAX_PIXELS)
     return caught.value
+
+
+@pytest.mark.usefixtures("hostile_plugin")
+def test_a_decoder_that_is_closed_at_work_blames_no_image() -> None:
+    with ThreadPoolExecutor(1) as pool, IsolatedDecoder() as decoder:
+        decoder.decode(PLAIN["jpeg"], max_pixels=MAX_PIXELS)
+        at_work = pool.submit(decoder.decode, b"HANG", max_pixels=MAX_PIXELS)
+        time.sleep(0.5)
+        decoder.close()
+        with pytest.raises(RunError, match="closed"):
+            at_work.result(10)
+        with pytest.raises(RunError, match="closed"):
+            decoder.decode(PLAIN["jpeg"], max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.usefixtures("hostile_plugin")

@@ -132,6 +132,8 @@ def test_a_finished_run_is_known_without_the_cluster_it_ran_on(world, device, de
     assert (finished().run, finished().num_pending) == (plan.run, 0)
     with pytest.raises(ConfigError, match="precision"):
         finished(compute={"precision": "float32"})
+    with pytest.raises(ConfigError, match="decode"):
+        finished(compute={"decode": "cpu" if decode == "gpu" else "gpu"})
     storage.delete(storage.join(plan.run.uri, "commits", "00000001.json"))
     assert finished() is None
 

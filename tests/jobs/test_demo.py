@@ -11,3 +11,5 @@ def test_the_demo_trains_a_network_that_tells_the_shapes_apart(tmp_path):
     summary = run_job("demo", root=tmp_path / "demo", num_images=300)
     assert (summary["status"], summary["num_images"], summary["num_errors"]) == ("done", 300, 3)
     assert summary["accuracy"] > 0.6  # one in six by chance
+    again = run_job("demo", root=tmp_path / "demo", num_images=300)
+    assert (again["status"], again["accuracy"]) == ("was done", summary["accuracy"])

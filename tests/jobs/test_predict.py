@@ -37,6 +37,9 @@ def test_a_run_waits_for_its_cluster_and_a_dry_run_does_not_nor_one_that_is_fini
     storage.write(run.summary_uri, b"{}")
     summary = jobs.predict.main(config_of(tmp_path, **asked))
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("was done", 27, 3)
+    for mode, status in (("dry_run", "dry run"), ("plan", "was done")):
+        told = jobs.predict.main(config_of(tmp_path, max_error_rate=0.09, **asked, **{mode: True}))
+        assert (told["status"], told["num_pending"]) == (status, 0)
     with pytest.raises(RunError, match="max_error_rate"):
         jobs.predict.main(config_of(tmp_path, max_error_rate=0.09, **asked))
     storage.delete(storage.join(run.uri, "commits", "00000003.json"))

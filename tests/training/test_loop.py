@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.data import train_loader
+from pipeline.data.decoders import IsolatedDecoder, WatchedDecoder
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import PipelineError, RunError
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, evaluate
 from pipeline.training.feed import batches_of, make_loader
 from pipeline.training.loop import Trainee, make_network, refuse_impossible
 from pipeline.training.run import TrainingRun, make_run
@@ -271,26 +272,45 @@ def crashing_isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.fixture
+def met_unguarded(monkeypatch) -> list[bytes]:
+    """What decoders were given that are not isolated, of training and evaluation."""
+    met: list[bytes] = []
+
+    class Recording(WatchedDecoder):
+        def decode(self, data, **options):
+            met.append(data)
+            return super().decode(data, **options)
+
+    for module in (train_loader, evaluate):
+        monkeypatch.setattr(
+            module, "guarded_decoder", lambda *, isolated: IsolatedDecoder() if isolated else Recording()
+        )
+    return met
+
+
+@pytest.mark.parametrize("cache", ["none", pytest.param("memory", marks=pytest.mark.slow)])
 def test_where_workers_begin_again_images_that_kill_decoders_are_found_and_not_decoded_again(
-    tmp_path, crashing_isolated, cache, monkeypatch
+    tmp_path, crashing_isolated, met_unguarded, cache
 ):
     make_square_sets(tmp_path)
     for name in ("train", "evaluation"):
         (tmp_path / f"{name}-images/class0/kills.png").write_bytes(CRASHES + name.encode())
         shutil.rmtree(tmp_path / name)
         list_images(tmp_path / f"{name}-images", tmp_path / name, shard_size=13)
-    isolations = []
     fields = {"data": {"max_error_rate": 0.5, "cache": cache}, "augment": {"crop": "pad", "size": 32}}
-    config = train_config(tmp_path, epochs=3, **fields)
-    guarded = train_loader.guarded_decoder
-    monkeypatch.setattr(
-        train_loader, "guarded_decoder", lambda *, isolated: isolations.append(isolated) or guarded(isolated=isolated)
-    )
-    run = train_here(config, Worker(begin=lambda step: step == 0))
+    run = train_here(train_config(tmp_path, epochs=2, **fields), Worker(begin=lambda step: step == 0))
     state = last_state(run)
     assert {uri.rpartition("/")[2]: error for uri, (_, error, _) in state["errors"].items()} == {"kills.png": "crashed"}
     assert [uri.split("/")[-3] for uri in sorted(state["deadly"])] == ["evaluation-images", "train-images"]
-    assert [entry["num_errors"] for entry in state["evaluations"]] == [1, 1, 1]
-    assert isolations == sorted(isolations, reverse=True)  # until the first checkpoint alone
-    assert isolations.count(False) == (2 if cache == "none" else 1)
+    assert [entry["num_errors"] for entry in state["evaluations"]] == [1, 1]
+    assert len(met_unguarded) == 24 * (2 if cache == "none" else 1)  # the second epoch's, and its evaluation's
+    assert not any(data.startswith(CRASHES) for data in met_unguarded)
+
+
+def test_images_read_ahead_when_isolation_ends_are_not_to_blame(tmp_path, met_unguarded):
+    make_square_sets(tmp_path)
+    fields = {"checkpoint": {"every_steps": 1}, "epochs": None, "steps": 2, "batch_size": 4}
+    state = last_state(train_here(train_config(tmp_path, **fields), Worker(begin=lambda step: True)))
+    assert (state["step"], state["errors"], state["deadly"]) == (2, {}, {})
+    assert len(met_unguarded) > 0

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.data.decoders import WatchedDecoder
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle
 from pipeline.tables import schemas
+from pipeline.training import evaluate
 from pipeline.training.evaluate import Setup
 from pipeline.training.protocol import Protocol
 from pipeline.training.verdict import Verdict, judge_bundle
@@ -64,6 +66,22 @@ def test_a_rank_tells_how_far_it_is(world):
     setup = Setup(preprocessing=Bundle.load(bundle_uri).preprocessing)
     judge_bundle(bundle_uri, str(world / "manifest"), setup, "float32", Worker(observe=told.append))
     assert told == [{"rank": 0, "images": images} for images in (8, 16, 24, 30)]
+
+
+@pytest.mark.parametrize("begins_again", [False, True])
+def test_where_workers_begin_again_images_are_decoded_isolated(world, monkeypatch, begins_again):
+    isolations: list[bool] = []
+
+    def guarded(*, isolated: bool) -> WatchedDecoder:
+        isolations.append(isolated)
+        return WatchedDecoder()
+
+    monkeypatch.setattr(evaluate, "guarded_decoder", guarded)
+    bundle_uri = storage.normalise(str(world / "registry/tiny/1"))
+    setup = Setup(preprocessing=Bundle.load(bundle_uri).preprocessing)
+    worker = Worker(begin=lambda step: begins_again and step == 0)
+    judge_bundle(bundle_uri, str(world / "manifest"), setup, "float32", worker)
+    assert isolations == [begins_again]
 
 
 def test_bfloat16_is_asked_for_by_name(world, verdict):
