@@ -160,9 +160,10 @@ class TrainLoader:
 
     def _decoded(self, decode: Callable[..., torch.Tensor], job: "tuple[_Item, tuple[int, Draws]]") -> "_Decoded":
         item, (size, draws) = job
+        if (known := self.caution.known.get(item.ref.uri)) is not None:  # not raised: it would gather tracebacks
+            self.errors.setdefault(item.ref.uri, known)
+            return _Decoded(item.ref.uri, item.label, None)
         try:
-            if (known := self.caution.known.get(item.ref.uri)) is not None:
-                raise known
             if isinstance(item.data, ImageError):
                 if item.data.error == "storage_error":
                     cause = item.data.with_cause

@@ -63,6 +63,7 @@ def test_a_training_on_a_full_cluster_says_what_it_waits_for(full_cluster, caplo
 
 DEATH = WorkerHealthCheckFailedError("worker 1 is gone", ActorDiedError())
 ALONE = RuntimeError("Connection closed by peer")
+DECODING = RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ ALONE = RuntimeError("Connection closed by peer")
             [ALONE, DEATH],
             f"worker 1 is gone\n{ActorDiedError()}\nA worker's process died or was lost",
         ),
+        ([ALONE, DECODING], f"{DECODING}\nA worker's process died or was lost"),
         ([ALONE], "Connection closed by peer"),
     ],
 )
