@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data.decoders import Caution
 from pipeline.data.decoding_processes import _Parts, decoded_by_processes
 from pipeline.data.readers import ReadLimits
 from pipeline.data.train_loader import TrainBatch, TrainLoader
@@ -39,10 +40,10 @@ def two_batches_and_an_outage(loader: TrainLoader, rank: int, world_size: int) -
     raise StorageError("the store is down")
 
 
-@pytest.mark.parametrize(("kind", "rank", "world_size"), [("packed", 0, 1), ("train", 1, 2)])
-def test_batches_are_those_that_the_worker_would_decode_itself(root, kind, rank, world_size):
-    loader = make_loader(root / kind)
-    expected = list(two_epochs(loader, rank, world_size))
+@pytest.mark.parametrize(("kind", "rank", "world_size", "isolated"), [("packed", 0, 1, False), ("train", 1, 2, True)])
+def test_batches_are_those_that_the_worker_would_decode_itself(root, kind, rank, world_size, isolated):
+    loader = make_loader(root / kind, caution=Caution(isolated=isolated))
+    expected = list(two_epochs(make_loader(root / kind), rank, world_size))
     decoded = decoded_by_processes(loader, two_epochs, rank=rank, world_size=world_size, num_processes=2, num_ahead=2)
     assert_same(list(decoded), expected)
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.data.decoders import Caution
 from pipeline.data.readers import ReadLimits
 from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ImageError
 from pipeline.training.augment import NUM_DRAWS, Geometry, crop_padded
 from pipeline.training.config import AugmentConfig
 from tests.manifests import uris_of
@@ -282,3 +283,15 @@ def test_images_outside_the_allowed_roots_are_not_read(root):
     assert not any(part.weights.any() for part in read(loader))
     assert {error.error for error in loader.errors.values()} == {"not_allowed"}
     assert len(loader.errors) == NUM_IMAGES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_known_to_kill_its_decoder_keeps_its_place_and_is_not_decoded(root, kind):
+    usual = read(loader_of(root, kind))
+    place, crashed = 5, ImageError("decode", "crashed", "the decoder died of SIGSEGV")
+    loader = loader_of(root, kind, caution=Caution(known={usual[0].uris[place]: crashed}))
+    batches = read(loader)
+    assert loader.errors == {usual[0].uris[place]: crashed}
+    assert (batches[0].weights[place], batches[0].pixels[place].max()) == (0, 0)
+    usual[0].weights[place], usual[0].pixels[place] = 0, 0
+    assert_same(batches, usual)
