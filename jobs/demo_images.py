@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
+_DEVIATION_OF_BYTES = 73.9  # of 0 to 255, all as likely
+
 Point = tuple[float, float]
 
 
@@ -37,12 +39,19 @@ def draw(name: str, rng: random.Random) -> Image.Image:
     width, height = rng.randint(48, 128), rng.randint(48, 128)
     ground = tuple(rng.randint(0, 255) for _ in range(3))
     colour = tuple((channel + rng.randint(70, 185)) % 256 for channel in ground)
-    image = Image.effect_noise((width, height), rng.uniform(5, 40)).convert("RGB")
+    image = _noise((width, height), rng.uniform(5, 40), random.Random(repr(ground))).convert("RGB")
     image = Image.blend(image, Image.new("RGB", image.size, ground), 0.7)
     radius = min(width, height) * rng.uniform(0.25, 0.42)
     centre = (width / 2 + rng.uniform(-0.1, 0.1) * width, height / 2 + rng.uniform(-0.1, 0.1) * height)
     _shape(ImageDraw.Draw(image), name, centre, radius, rng.uniform(0, 2 * math.pi), colour)
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+
+
+def _noise(size: tuple[int, int], deviation: float, rng: random.Random) -> Image.Image:
+    """Grey around the middle; Pillow's own noise comes from C's generator, whose state is the whole process's."""
+    grains = Image.frombytes("L", size, rng.randbytes(size[0] * size[1]))
+    spread = deviation / _DEVIATION_OF_BYTES
+    return grains.point([round(127.5 + (grey - 127.5) * spread) for grey in range(256)])
 
 
 def _shape(
