@@ -138,9 +138,10 @@ def _closing_words(summary: dict[str, Any], accuracy: float, seconds: float) -> 
         summary["tables"][name].removeprefix("file://") for name in ("predictions", "embeddings")
     )
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary["errors_by_kind"].items())
+    speed = f"{summary['images_per_s']} images/s" if summary["status"] == "done" else "all of it was done before"
     return f"""
 {summary["num_images"]} images: {summary["num_predicted"]} classified, {summary["num_errors"]} errors ({kinds})
-accuracy {accuracy:.1%} on the classified ones; {summary["images_per_s"]} images/s; the whole demo took {seconds:.0f} s
+accuracy {accuracy:.1%} on the classified ones; {speed}; the whole demo took {seconds:.0f} s
 tables  {predictions}
         {embeddings}
 Python  from pipeline.tables import open_table
