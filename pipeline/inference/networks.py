@@ -5,6 +5,7 @@ A run that compiles nothing needs no record: its precision is that of its plan.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,6 +18,8 @@ from pipeline.inference.plan import Model, Run
 from pipeline.models import compiled
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import Precision, precisions, warn_if_emulated
+
+logger = logging.getLogger(__name__)
 
 
 class Choice(BaseModel):
@@ -123,6 +126,10 @@ def _choose(run: Run, manifest: Manifest, model: Model) -> Choice:
     for precision in precisions(run.precision, torch.device(run.device)):
         try:
             fault = record_of(run, manifest, model, precision).agreement.fault(run.agreement)
+        except compiled.NotKeptError as error:  # nor would it be in another precision
+            logger.warning("%s: %s", model.name, error)
+            refused.append(f"{precision}, compiled: {error}")
+            break
         except BundleError as error:
             fault = str(error)
         if fault is None:

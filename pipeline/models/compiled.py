@@ -87,6 +87,10 @@ class Record(Section):
     compile_s: float
 
 
+class NotKeptError(BundleError):
+    """A network does compile, but what is compiled can be kept nowhere: the registry takes no writes."""
+
+
 def find(bundle_uri: str, target: Target) -> Record | None:
     """The record of the compilation for `target`, if there is one. Raises BundleError where it is damaged."""
     record = _read(record_uri(bundle_uri, target))

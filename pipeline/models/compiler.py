@@ -10,10 +10,12 @@ import logging
 import platform
 import tempfile
 import time
+import weakref
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import JsonValue
@@ -28,6 +30,7 @@ from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network
 from pipeline.models.compiled import (
     Agreement,
+    NotKeptError,
     Record,
     Target,
     alone_on_this_machine,
@@ -68,7 +71,7 @@ def ensure(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None
     `samples` gives preprocessed images, uint8 N×3×S×S, to measure the agreement on; without it, or where it gives none,
     they are drawn, but not for int8, whose ranges are measured on half of them. Of several on this machine one compiles
     and the others wait; of several machines the first to end is right. Raises BundleError where it cannot be compiled
-    here or the registry takes no writes, StorageError where nothing can be read.
+    here, NotKeptError where the registry takes no writes, StorageError where nothing can be read.
     """
     record = find(bundle_uri, target)
     if record is not None:
@@ -86,7 +89,7 @@ def _compile_and_keep(bundle_uri: str, target: Target, samples: Callable[[], Ten
         faster = find(bundle_uri, target)
         if faster is not None:
             return faster
-        raise BundleError(f"compiled, but not to be kept: {error}; run jobs.compile as one who may write") from error
+        raise NotKeptError(f"compiled, but not to be kept: {error}; run jobs.compile as one who may write") from error
     return record
 
 
@@ -199,27 +202,39 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
 
 
 def _open(package: bytes, target: Target) -> Program:
-    # Unpacked here, since what the loader unpacks itself stays behind when its process is killed; and not by
-    # torch._inductor.aoti_load_package, which makes the same call after an import of 4 s.
-    num_runners = 1 if target.device == "cpu" else _RUNNERS_ON_GPU
-    with tempfile.TemporaryDirectory(prefix="compiled-") as folder:
-        with zipfile.ZipFile(io.BytesIO(package)) as archive:
-            archive.extractall(folder)
-        try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", False, num_runners, -1)
-        except RuntimeError as error:
-            if "zip archive" not in str(error):
-                raise
-            file = Path(folder, "model.pt2")
-            file.write_bytes(package)  # torch 2.11 takes no folder
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, num_runners, -1)
+    with ExitStack() as unpacked:
+        folder = Path(unpacked.enter_context(tempfile.TemporaryDirectory(prefix="compiled-")))
+        loader = _load(package, folder, num_runners=1 if target.device == "cpu" else _RUNNERS_ON_GPU)
 
-    def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        num_images = len(pixels)
-        logits, embeddings = loader.run([_padded(pixels, target.batch_size)])
-        return logits[:num_images], embeddings[:num_images]
+        def run(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            num_images = len(pixels)
+            logits, embeddings = loader.run([_padded(pixels, target.batch_size)])
+            return logits[:num_images], embeddings[:num_images]
 
+        if target.device == "cuda":  # whose kernels are files of their own, each read when it is first called
+            for file in folder.rglob("*"):
+                if file.suffix in (".so", ".pt2"):  # read by now, and nearly all that stays if the process is killed
+                    file.unlink()
+            weakref.finalize(run, unpacked.pop_all().close)
     return run
+
+
+def _load(package: bytes, folder: Path, *, num_runners: int) -> Any:
+    """Torch's loader of a package, unpacked into an empty folder.
+
+    Unpacked here, since what the loader unpacks itself stays behind when its process is killed; and not by
+    torch._inductor.aoti_load_package, which makes the same call after an import of 4 s.
+    """
+    with zipfile.ZipFile(io.BytesIO(package)) as archive:
+        archive.extractall(folder)
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, num_runners, -1)
+    except RuntimeError as error:
+        if "zip archive" not in str(error):
+            raise
+    file = folder / "model.pt2"
+    file.write_bytes(package)  # torch 2.11 takes no folder
+    return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, num_runners, -1)
 
 
 def _repeated(pixels: Tensor, multiple: int) -> Tensor:

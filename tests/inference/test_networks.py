@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.errors import BundleError, RunError
+from pipeline.errors import AccessDeniedError, BundleError, RunError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
 from pipeline.models import compiler
@@ -54,6 +54,20 @@ def test_a_network_that_must_be_compiled_and_cannot_be_stops_the_run(world, comp
     compiles |= {"bfloat16": Agreement.of(8, 4, 8.0), "float32": Agreement.of(8, 4, 8.0)}
     with pytest.raises(BundleError, match=r"must be compiled .* and cannot be: bfloat16.*; float32"):
         decide(world, compile="always")
+
+
+def test_where_nothing_can_be_kept_one_compilation_is_tried_and_the_run_told(world, compiles, monkeypatch, caplog):
+    def refuse(uri, data, **options):
+        raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}")
+
+    tried = []
+    monkeypatch.setattr(compiler, "compile_network", lambda *arguments: tried.append(arguments[2].precision) or b"code")
+    monkeypatch.setattr(compiler.storage, "write", refuse)
+    plan = plan_of(world, run_id="run", compute={"precision": "auto"})
+    choice = networks._choose(plan.run, plan.manifest, plan.run.models[0])
+    assert (str(choice), tried) == ("float32, eager", ["bfloat16"])
+    assert "not to be kept: the credentials" in choice.refused[0]
+    assert "tiny/1: compiled, but not to be kept" in caplog.text
 
 
 def test_what_the_first_decided_stays_whatever_could_be_had_later(world, compiles):

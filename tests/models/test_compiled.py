@@ -1,11 +1,13 @@
 """Networks compiled ahead of time: found only where they fit, used only where they agree."""
 
+import gc
 import io
 import json
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,3 +214,30 @@ def test_a_package_opens_where_the_loader_takes_no_folder_and_other_refusals_are
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", refuse)
     with pytest.raises(RuntimeError, match="no kernel image"):
         compiler._open(archive.getvalue(), target_of(bundle_uri))
+
+
+def test_a_gpus_kernels_are_there_for_as_long_as_the_program_and_no_longer(bundle_uri, monkeypatch):
+    folders: list[Path] = []
+
+    class LoaderOfKernels:
+        """A GPU's: the library is mapped at once, a kernel is read from its file when it is first called."""
+
+        def __init__(self, folder: str, *_: object) -> None:
+            folders.append(Path(folder, "data"))
+            assert (folders[0] / "model.so").exists()
+
+        def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            assert (folders[0] / "kernel.cubin").read_bytes() == b"kernel"
+            return [inputs[0].float().mean((2, 3)), inputs[0].float()]
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", LoaderOfKernels)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as package:
+        package.writestr("data/model.so", b"native code")
+        package.writestr("data/kernel.cubin", b"kernel")
+    program = compiler._open(archive.getvalue(), target_of(bundle_uri).model_copy(update={"device": "cuda"}))
+    assert program(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[0].shape == (2, 3)
+    assert [path.name for path in folders[0].iterdir()] == ["kernel.cubin"]
+    del program
+    gc.collect()
+    assert not folders[0].exists()
