@@ -72,15 +72,16 @@ class Labelling:
         """The labelling for the distinct `labels` of a source. Raises ManifestError for one that has no class id."""
         names = sorted(labels)
         known = list(classes) if classes is not None else None
-        if known is not None and len(set(known)) < len(known):
+        distinct = set(known or ())
+        if known is not None and len(distinct) < len(known):
             raise ManifestError(f"expected every class once, got {Counter(known).most_common(1)[0][0]!r} twice")
         if kind == "text":
             is_number = all(re.fullmatch("0|[1-9][0-9]*", name) for name in names)
-            kind = "ids" if is_number and not (known and set(names) <= set(known)) else "names"
+            kind = "ids" if is_number and not (known and set(names) <= distinct) else "names"
         if kind == "ids" and names:
             _refuse_ids_outside(names, _MAX_CLASS_ID + 1 if known is None else len(known))
             return cls(known, are_ids=True)
-        if known is not None and (strangers := [name for name in names if name not in set(known)]):
+        if known is not None and (strangers := [name for name in names if name not in distinct]):
             raise ManifestError(f"expected labels among the {len(known)} classes given, got {strangers[0]!r}")
         return cls(names or None if known is None else known, are_ids=False)
 

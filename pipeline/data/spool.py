@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from pipeline.errors import ManifestError, StorageError
 Hashes = npt.NDArray[np.uint64]
 _BUCKET_BITS = 6  # 64 files of hashes: one of 10 million uris is 1.2 MB, of 1 billion 125 MB
 _DUPLICATES_NAMED = 3
+_SUSPECTS_AT_ONCE = 1_000  # where there are more, it is duplicates, and these name some of them
+_MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ def spool(
 ) -> Spool:
     """Read `source` to its end into `folder`, which needs some 30 to 100 bytes of room an image.
 
-    Raises ManifestError for a duplicate uri, a uri outside the allowed roots, and where no image is left; StorageError
-    where the room is not there.
+    Raises ManifestError for a duplicate uri, a uri outside the allowed roots, labels of more classes than there can be,
+    and where no image is left; StorageError where the room is not there.
     """
     labels: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
@@ -77,8 +80,7 @@ def spool(
     ):
         for batch in _selected(source.batches(), selection, skipped):
             hashes.add(hash_uris(batch["uri"]))
-            for entry in pc.value_counts(batch["label"].drop_null()).to_pylist():
-                labels[entry["values"]] += entry["counts"]
+            _count(batch["label"], labels)
             stream.write_batch(batch)
             num_images += len(batch)
             on_progress(num_images)
@@ -102,6 +104,17 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
             f"{folder}: expected room for 30 to 100 bytes an image, got {os.strerror(error.errno)!r}; make room, or "
             "set TMPDIR to a folder on a larger disk"
         ) from error
+
+
+def _count(labels: pa.Array, counts: Counter[str]) -> None:
+    for entry in pc.value_counts(labels.drop_null()).to_pylist():
+        counts[entry["values"]] += entry["counts"]
+    if len(counts) > _MOST_LABELS:
+        named = ", ".join(map(repr, islice(counts, _DUPLICATES_NAMED)))
+        raise ManifestError(
+            f"expected labels of at most {_MOST_LABELS:,} classes, got more, such as {named}: are they names of images "
+            "rather than of classes? Name the column or the folders that hold classes, or leave labels out"
+        )
 
 
 def _selected(
@@ -170,15 +183,21 @@ class _HashFiles:
 
 def _refuse_duplicates(spooled: Spool, suspects: Hashes) -> None:
     """Raises ManifestError naming uris that stand twice; equal hashes alone prove nothing, so the uris are compared."""
-    if not len(suspects):
-        return
+    for start in range(0, len(suspects), _SUSPECTS_AT_ONCE):
+        twice = _find_twice(spooled, suspects[start : start + _SUSPECTS_AT_ONCE])
+        if twice:
+            more = " and more" if len(twice) >= _DUPLICATES_NAMED else ""
+            named = ", ".join(map(repr, twice[:_DUPLICATES_NAMED]))
+            raise ManifestError(f"expected every uri once, got twice: {named}{more}; drop the repeated rows")
+
+
+def _find_twice(spooled: Spool, suspects: Hashes) -> list[str]:
+    """Of the uris with these hashes some that stand twice, if any do."""
     counts: Counter[str] = Counter()
+    twice: list[str] = []
     for batch in spooled.batches():
         counts.update(batch["uri"].filter(pa.array(np.isin(hash_uris(batch["uri"]), suspects))).to_pylist())
         twice = [uri for uri, count in counts.items() if count > 1]
         if len(twice) >= _DUPLICATES_NAMED:
             break
-    if twice:
-        more = " and more" if len(twice) >= _DUPLICATES_NAMED else ""
-        named = ", ".join(map(repr, twice[:_DUPLICATES_NAMED]))
-        raise ManifestError(f"expected every uri once, got twice: {named}{more}; drop the repeated rows")
+    return twice

@@ -23,6 +23,31 @@ def test_equal_hashes_of_different_uris_are_no_duplicates(monkeypatch: pytest.Mo
         write_manifest(fresh(), Rows([*some_rows(50), some_rows(4)[3]]), shard_size=5)
 
 
+def test_a_source_that_is_there_twice_is_refused_by_some_of_its_uris_and_not_by_counting_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[int] = []
+    find = spool_module._find_twice
+
+    def counted(spooled: spool_module.Spool, suspects: spool_module.Hashes) -> list[str]:
+        looked_at.append(len(suspects))
+        return find(spooled, suspects)
+
+    monkeypatch.setattr(spool_module, "_find_twice", counted)
+    monkeypatch.setattr(spool_module, "_SUSPECTS_AT_ONCE", 7)
+    with pytest.raises(ManifestError, match=r"twice: .* and more; drop the repeated rows"):
+        write_manifest(fresh(), Rows([*some_rows(50), *some_rows(50)]), shard_size=5)
+    assert looked_at == [7]
+
+
+def test_labels_that_are_no_classes_are_refused_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "_MOST_LABELS", 40)
+    rows: list[Row] = [(f"s3://bucket/{number}.jpg", None, None, f"a photo, no. {number}") for number in range(50)]
+    assert write_manifest(fresh(), Rows(rows[:40]), shard_size=5).num_images == 40
+    with pytest.raises(ManifestError, match=r"at most 40 classes, got more, such as 'a photo, no\. 0'"):
+        write_manifest(fresh(), Rows(rows), shard_size=5)
+
+
 @pytest.mark.parametrize(
     "uri", ["file:///etc/passwd", "s3://other/x.jpg", "s3://bucket-2/x.jpg", "s3://bucket", "http://host/x.jpg"]
 )
