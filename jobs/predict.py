@@ -16,10 +16,12 @@ from pipeline.inference.plan import finished_plan, resolve_inputs
 def main(config: PredictConfig) -> dict[str, Any]:
     """Run, or resume, the run that `config` describes."""
     manifest, models = resolve_inputs(config)  # what is wrong here is said before a cluster is waited for
-    from pipeline.inference.flow import predict, report_finished
+    from pipeline.inference.ending import report_finished
 
     if (plan := finished_plan(config, manifest, models)) is not None:
         return report_finished(plan, config)
+    from pipeline.inference.flow import predict  # and with it Ray Data
+
     awaited = ClusterConfig() if config.dry_run else config.cluster
     with connected_ray(awaited) as nodes:
         return predict(config, manifest, models, nodes)

@@ -28,19 +28,19 @@ import ray
 import ray.data
 from ray.data.block import BlockAccessor
 
-from pipeline import errors, storage
+from pipeline import errors
 from pipeline.cluster import Node, heard, in_words, start_here
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
 from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
 from pipeline.inference.bound import Observed
-from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts
+from pipeline.inference.commit import Receipt, commit
 from pipeline.inference.config import PredictConfig
-from pipeline.inference.estimate import estimate_run, outcome, sweep_trials
+from pipeline.inference.ending import Summary, conclude, describe, prove
+from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Form, Layout, choose_layout
-from pipeline.inference.plan import Model, Plan, Run, make_plan, record_run
-from pipeline.inference.reconcile import Totals, reconcile
+from pipeline.inference.plan import Model, Plan, make_plan, record_run
 from pipeline.inference.workers import (
     SHARDS_AT_ONCE,
     PredictDecoded,
@@ -50,7 +50,6 @@ from pipeline.inference.workers import (
     decode_shard,
     prepare_shard,
 )
-from pipeline.tables.writing import table_folder
 from pipeline.telemetry import RunProgress
 
 _COMMITS_IN_FLIGHT = 16
@@ -58,7 +57,6 @@ _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and ke
 _TASKS_PER_PROCESSOR = 32  # a run's end waits for the last task
 _IMAGES_PER_TASK = 10_000  # a task's receipts come at its end: what is not committed is done again after a kill
 _TASKS_IN_FLIGHT = SHARDS_AT_ONCE + 1  # of an actor: the next is there when one ends; more would make a longer tail
-Summary = dict[str, Any]
 
 
 def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]) -> Summary:
@@ -70,7 +68,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     layout = choose_layout(nodes, config.compute, manifest.num_shards)
     plan = make_plan(config, manifest, models, layout)
     layout = replace(layout, decode=plan.run.decode)  # an earlier attempt's
-    described = {**_describe(plan), "layout": asdict(layout)}
+    described = {**describe(plan), "layout": asdict(layout)}
     if config.dry_run:
         return {"status": "dry run", **described}
     if config.plan:
@@ -85,67 +83,16 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         num_done=manifest.num_images - sum(shard.num_images for shard in plan.pending_shards()),
         progress_interval_s=config.progress_interval_s,
     )
-    totals = _add_up(plan.run)
+    totals = prove(plan.run)
     duration_s = time.monotonic() - start
-    summary = {
-        "status": "done" if plan.num_pending else "was done",
-        **described,
-        **totals.as_dict(),
+    of_attempt = {
+        "layout": asdict(layout),
         "images_per_s": images_per_s,
         "duration_s": round(duration_s, 1),
         "computed_in": networks.describe(plan.run),
         **outcome(plan, layout, nodes, config, observed, duration_s),
-        "tables": _tables_of(plan.run),
     }
-    if plan.num_pending or not storage.exists(plan.run.summary_uri):  # that of who did something says more
-        storage.write(plan.run.summary_uri, json.dumps(summary, indent=1).encode())
-    sweep_trials(plan)
-    _refuse_errors(totals, config, summary)
-    return summary
-
-
-def report_finished(plan: Plan, config: PredictConfig) -> Summary:
-    """What a run of `finished_plan` came to, added up anew but for dry runs and estimates; needs no cluster.
-
-    Raises RunError, StorageError, and ReconcileError where the images do not add up any more.
-    """
-    start = time.monotonic()
-    if config.dry_run or config.plan:
-        return {"status": "dry run" if config.dry_run else "was done", **_describe(plan)}
-    totals = _add_up(plan.run)
-    sweep_trials(plan)
-    summary = {
-        "status": "was done",
-        **_describe(plan),
-        **totals.as_dict(),
-        "images_per_s": 0.0,  # of this attempt; summary.json has the one of the attempt that finished it
-        "duration_s": round(time.monotonic() - start, 1),
-        "computed_in": networks.describe(plan.run),
-        "tables": _tables_of(plan.run),
-    }
-    _refuse_errors(totals, config, summary)
-    return summary
-
-
-def _add_up(run: Run) -> Totals:
-    """The receipts of a run that has ended, proven against its tables; what killed attempts have left there goes."""
-    for uri in (run.uri, *_tables_of(run).values()):
-        storage.sweep_temporary_files(uri)
-    receipts = read_receipts(run.uri, committed_shard_ids(run.uri))
-    return reconcile(run, receipts, run.output_uri, [table_folder(name, run.run_id) for name in run.table_names])
-
-
-def _tables_of(run: Run) -> dict[str, str]:
-    return {name: storage.join(run.output_uri, table_folder(name, run.run_id)) for name in run.table_names}
-
-
-def _refuse_errors(totals: Totals, config: PredictConfig, summary: Summary) -> None:
-    if totals.num_errors > config.max_error_rate * totals.num_images:
-        raise RunError(
-            f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "
-            f"(max_error_rate), {totals.num_errors} are; the errors table says why",
-            **{name: value for name, value in summary.items() if name != "status"},
-        )
+    return conclude(plan, config, totals, of_attempt)
 
 
 def commit_receipts(
@@ -175,18 +122,6 @@ def commit_receipts(
             pending.result()
         rate: float = progress.status()["images_per_s"]
         return rate
-
-
-def _describe(plan: Plan) -> Summary:
-    return {
-        "run_id": plan.run.run_id,
-        "output": plan.run.output_uri,
-        "models": [model.name for model in plan.run.models],
-        "num_images": plan.run.num_images,
-        "num_shards": plan.run.num_shards,
-        "num_pending": plan.num_pending,
-        "batch_size": plan.run.batch_size,
-    }
 
 
 def run_shards(plan: Plan, layout: Layout) -> Generator[Receipt, None, None]:

@@ -191,6 +191,8 @@ def test_a_rerun_does_only_what_is_not_committed(world, local_ray):
     with pytest.raises(RunError, match=r"at most 9\.00% of 30 images .* \(max_error_rate\), 3 are") as caught:
         run(world, run_id="resumed", max_error_rate=0.09)
     assert caught.value.details["num_errors"] == 3
+    recorded = json.loads((commits.parent / "summary.json").read_text())
+    assert (recorded["status"], recorded["message"]) == ("failed", str(caught.value))
     again = run(world, run_id="resumed")
     assert (again["status"], again["num_pending"], again["num_predicted"]) == ("was done", 0, 27)
     assert (commits.parent / "summary.json").read_bytes() == kept

@@ -1,0 +1,113 @@
+"""How a run ends: its receipts proven against its tables, judged, and told in `summary.json`. Needs no cluster."""
+
+import json
+import time
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import ObjectNotFoundError, RunError
+from pipeline.inference import networks
+from pipeline.inference.commit import committed_shard_ids, read_receipts
+from pipeline.inference.config import PredictConfig
+from pipeline.inference.estimate import sweep_trials
+from pipeline.inference.plan import Plan, Run
+from pipeline.inference.reconcile import Totals, reconcile
+from pipeline.tables.writing import table_folder
+
+Summary = dict[str, Any]
+
+
+def describe(plan: Plan) -> Summary:
+    """What a plan is of, for every summary."""
+    return {
+        "run_id": plan.run.run_id,
+        "output": plan.run.output_uri,
+        "models": [model.name for model in plan.run.models],
+        "num_images": plan.run.num_images,
+        "num_shards": plan.run.num_shards,
+        "num_pending": plan.num_pending,
+        "batch_size": plan.run.batch_size,
+    }
+
+
+def prove(run: Run) -> Totals:
+    """The receipts of a run that has ended, held against its tables; what killed attempts have left there goes.
+
+    Raises ReconcileError where the images do not add up.
+    """
+    for uri in (run.uri, *_tables_of(run).values()):
+        storage.sweep_temporary_files(uri)
+    receipts = read_receipts(run.uri, committed_shard_ids(run.uri))
+    return reconcile(run, receipts, run.output_uri, [table_folder(name, run.run_id) for name in run.table_names])
+
+
+def conclude(plan: Plan, config: PredictConfig, totals: Totals, of_attempt: Summary) -> Summary:
+    """The summary of a run that is proven, with what its last attempt has to say; written beside its records.
+
+    Raises RunError where more images have no result than the config allows.
+    """
+    summary = {
+        "status": "done" if plan.num_pending else "was done",
+        **describe(plan),
+        **totals.as_dict(),
+        **of_attempt,
+        "tables": _tables_of(plan.run),
+    }
+    failure = None
+    if totals.num_errors > config.max_error_rate * totals.num_images:
+        failure = RunError(
+            f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "
+            f"(max_error_rate), {totals.num_errors} are; the errors table says why",
+            **{name: value for name, value in summary.items() if name != "status"},
+        )
+    _record(plan, summary, failure)
+    sweep_trials(plan)
+    if failure is not None:
+        raise failure
+    return summary
+
+
+def report_finished(plan: Plan, config: PredictConfig) -> Summary:
+    """What a run of `finished_plan` came to, added up anew but for dry runs and estimates.
+
+    Raises as `prove` and `conclude`.
+    """
+    start = time.monotonic()
+    if config.dry_run or config.plan:
+        return {"status": "dry run" if config.dry_run else "was done", **describe(plan)}
+    totals = prove(plan.run)
+    of_attempt = {
+        "images_per_s": 0.0,  # summary.json has the one of the attempt that finished it
+        "duration_s": round(time.monotonic() - start, 1),
+        "computed_in": networks.describe(plan.run),
+    }
+    return conclude(plan, config, totals, of_attempt)
+
+
+def _record(plan: Plan, summary: Summary, failure: RunError | None) -> None:
+    """Write `summary.json`, which says of the end what the job's own last line does.
+
+    That of an attempt which did something says more than that of one which found all of it done, whose judgement alone
+    is new: it may allow another share of errors.
+    """
+    earlier = None if plan.num_pending else _read(plan.run)
+    if earlier is not None and (earlier.get("status") == "failed") == (failure is not None):
+        return
+    told = summary if earlier is None else {**earlier, "status": "done"}
+    kept = {name: value for name, value in told.items() if name not in ("status", "error", "message")}
+    judged = {"status": told["status"]}
+    if failure is not None:
+        judged = {"status": "failed", "error": type(failure).__name__, "message": str(failure)}
+    storage.write(plan.run.summary_uri, json.dumps({**judged, **kept}, indent=1).encode())
+
+
+def _read(run: Run) -> Summary | None:
+    try:
+        summary: Summary = json.loads(storage.read(run.summary_uri))
+    except ObjectNotFoundError:
+        return None
+    return summary
+
+
+def _tables_of(run: Run) -> dict[str, str]:
+    return {name: storage.join(run.output_uri, table_folder(name, run.run_id)) for name in run.table_names}
