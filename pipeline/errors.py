@@ -7,6 +7,7 @@
     ├── StorageError              an object store or file system refused or failed
     │   ├── ObjectNotFoundError
     │   ├── ObjectExistsError     put-if-absent found the object there already
+    │   ├── ObjectTooLargeError   the object is larger than its reader will take
     │   └── AccessDeniedError
     ├── ImageError                one image cannot be used: becomes a row of the `errors` table
     ├── RunError                  a run cannot go on; what is committed stays                        exit code 1
@@ -59,6 +60,10 @@ class ObjectNotFoundError(StorageError):
 
 class ObjectExistsError(StorageError):
     """Put-if-absent found the object there already."""
+
+
+class ObjectTooLargeError(StorageError):
+    """The object is larger than its reader will take; `details` tell its `size`."""
 
 
 class AccessDeniedError(StorageError):

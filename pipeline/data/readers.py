@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from pipeline import storage
 from pipeline.config import Section
 from pipeline.data.manifest import Shard
-from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, StorageError
+from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, ObjectTooLargeError, StorageError
 
 LOOSE_BYTES_AHEAD = 256 << 20
 _TAR_CHUNK_BYTES = 4 << 20
@@ -98,13 +98,15 @@ def fetch_image(image: ImageRef, *, allowed_roots: Sequence[str], max_bytes: int
     """The encoded bytes of one loose image, or why they cannot be had, as `read_shard` says."""
     if not _is_allowed(image.uri, allowed_roots):
         return _not_allowed(image.uri)
+    if image.size is not None and image.size > max_bytes:
+        return _too_large(image.uri, image.size, max_bytes)
     try:
-        size = storage.head(image.uri).size if image.size is None else image.size
-        if size > max_bytes:
-            return _too_large(image.uri, size, max_bytes)
-        found = storage.read_object(image.uri)
+        found = storage.read_object(image.uri, max_bytes=max_bytes if image.size is None else image.size)
     except MemoryError:
         raise
+    except ObjectTooLargeError as error:
+        size = error.details["size"]
+        return _too_large(image.uri, size, max_bytes) if image.size is None else _of_other_size(image, size)
     except Exception as error:
         return _as_image_error(error, image.uri)
     if image.etag is not None and found.etag is not None and image.etag != found.etag:
@@ -274,9 +276,11 @@ def _refuse_changed(shard: Shard, etag: str | None) -> None:
 
 
 def _of_expected_size(image: ImageRef, data: bytes) -> bytes | ImageError:
-    if image.size is not None and image.size != len(data):
-        return _changed(image.uri, f"{image.size} bytes", f"{len(data)}")
-    return data
+    return data if image.size in (None, len(data)) else _of_other_size(image, len(data))
+
+
+def _of_other_size(image: ImageRef, size: int) -> ImageError:
+    return _changed(image.uri, f"{image.size} bytes", f"{size}")
 
 
 def _as_image_error(error: Exception, uri: str) -> ImageError:

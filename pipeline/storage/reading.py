@@ -4,13 +4,14 @@ import io
 import os
 import stat
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any, TypeAlias
 
 import fsspec.asyn
 import obstore
 
-from pipeline.errors import ObjectNotFoundError, StorageError
+from pipeline.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 from pipeline.storage.names import split
 from pipeline.storage.objects import ObjectInfo, StoredObject, clean_etag, file_etag
 from pipeline.storage.stores import OBSTORE_ALONE, call_s3, filesystem, is_for_obstore, obstore_of, translated
@@ -18,6 +19,8 @@ from pipeline.storage.stores import OBSTORE_ALONE, call_s3, filesystem, is_for_o
 _UNTOLD_BYTES = 1 << 20
 _Found: TypeAlias = tuple[bytes | obstore.Bytes, str | None]
 """What an object holds, and the etag it was read under."""
+_Refuse: TypeAlias = Callable[[int], None]
+"""Told the size of the whole object, raises ObjectTooLargeError where it is too large."""
 
 
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -28,12 +31,15 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     return read_object(uri, start, end).data
 
 
-def read_object(uri: str, start: int | None = None, end: int | None = None) -> StoredObject:
+def read_object(
+    uri: str, start: int | None = None, end: int | None = None, *, max_bytes: int | None = None
+) -> StoredObject:
     """The object's bytes, or its bytes [start, end), with the etag they were read under.
 
-    Raises ObjectNotFoundError, AccessDeniedError, StorageError.
+    Raises ObjectNotFoundError, AccessDeniedError, StorageError; ObjectTooLargeError, before anything is read, where the
+    whole object has more than `max_bytes`.
     """
-    data, etag = _read(uri, start, end)
+    data, etag = _read(uri, start, end, max_bytes)
     return StoredObject(bytes(data), etag)
 
 
@@ -109,27 +115,35 @@ class _RangedReads(io.RawIOBase):
         return len(data)
 
 
-def _read(uri: str, start: int | None, end: int | None) -> _Found:
+def _read(uri: str, start: int | None, end: int | None, max_bytes: int | None = None) -> _Found:
     """`read_object`, of a large object without the copy that makes it bytes."""
     scheme, path = split(uri)
+
+    def refuse_larger(size: int) -> None:
+        if max_bytes is not None and size > max_bytes:
+            raise ObjectTooLargeError(f"expected at most {max_bytes} bytes at {uri!r}, found {size}", size=size)
+
     with translated(uri):
         if scheme == "file":
-            return _read_file(path, start, end)
+            return _read_file(path, start, end, refuse_larger)
         bucket, _, key = path.partition("/")
         if is_for_obstore(scheme, key):
             with suppress(ValueError):  # a name that obstore refuses
-                return _read_obstore(scheme, bucket, key, start, end)
+                return _read_obstore(scheme, bucket, key, start, end, refuse_larger)
         if scheme == "s3":
-            return _read_s3fs(bucket, key, start, end)
+            return _read_s3fs(bucket, key, start, end, refuse_larger)
+        if max_bytes is not None:
+            refuse_larger(filesystem(scheme).size(path))
         return filesystem(scheme).cat_file(path, start=start, end=end), None
 
 
-def _read_file(path: str, start: int | None, end: int | None) -> _Found:
+def _read_file(path: str, start: int | None, end: int | None, refuse: _Refuse) -> _Found:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep the reader waiting, a device never end
         raise FileNotFoundError(f"{path} is no regular file")
     descriptor = os.open(path, os.O_RDONLY)  # not `open`: at each of its dozen system calls threads queue to go on
     try:
         status = os.fstat(descriptor)
+        refuse(status.st_size)
         whole = status.st_size or sys.maxsize  # 0 is also that of files that tell none, as those of /proc
         at_once = status.st_size or _UNTOLD_BYTES
         return _read_range(descriptor, start or 0, whole if end is None else end, at_once), file_etag(status)
@@ -145,21 +159,24 @@ def _read_range(descriptor: int, start: int, end: int, at_once: int) -> bytes:
     return b"".join(parts)
 
 
-def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None) -> _Found:
+def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: int | None, refuse: _Refuse) -> _Found:
     options: Any = {}
     if start is not None or end is not None:
         options["range"] = (start or 0, end) if end is not None else {"offset": start or 0}
     result = obstore.get(obstore_of(scheme, bucket), key, options=options)
+    refuse(result.meta["size"])
     return result.bytes(), clean_etag(result.meta["e_tag"])
 
 
-def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None) -> _Found:
+def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None, refuse: _Refuse) -> _Found:
     files = filesystem("s3")
     is_whole = start is None and end is None
     byte_range = {} if is_whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
 
     async def get() -> _Found:
         response = await files._call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
+        if is_whole:
+            refuse(response["ContentLength"])
         return await response["Body"].read(), clean_etag(response["ETag"])
 
     found: _Found = fsspec.asyn.sync(files.loop, get)

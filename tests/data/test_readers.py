@@ -100,6 +100,18 @@ def test_a_size_is_checked_where_the_etag_is_unknown(tmp_path: Path) -> None:
     assert (found[2].error, found[2].message.endswith("found 5")) == ("changed", True)
 
 
+@pytest.mark.parametrize(("size", "error"), [(5, "changed"), (None, "too_large")])
+def test_of_what_is_larger_than_was_told_or_allowed_nothing_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None, error: str
+) -> None:
+    (tmp_path / "grown.jpg").write_bytes(b"123456789")
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("was read"))
+    image = ImageRef(f"file://{tmp_path}/grown.jpg", size, None)
+    found = fetch_image(image, allowed_roots=EVERYWHERE, max_bytes=8)
+    assert isinstance(found, ImageError)
+    assert (found.error, found.message.rpartition(" ")[2]) == (error, "9")
+
+
 def test_images_outside_the_allowed_roots_are_not_read(tmp_path: Path) -> None:
     for name in ("in/1.jpg", "out/2.jpg"):
         storage.write(f"file://{tmp_path}/{name}", b"1")
@@ -124,9 +136,9 @@ def test_denied_images_are_errors_and_their_neighbours_are_not(s3_uri: str) -> N
 def test_a_failing_store_is_an_error_whose_message_is_always_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(uri: str, *part: int) -> storage.StoredObject:
+    def fail(uri: str, *part: int, **limits: int) -> storage.StoredObject:
         if not uri.endswith(".jpg"):
-            return real(uri, *part)
+            return real(uri, *part, **limits)
         raise StorageError(f"{uri}: 503 after 12.34 s, request id {uuid4()}")
 
     storage.write(f"file://{tmp_path}/a.jpg", b"1")
@@ -146,10 +158,10 @@ def test_reading_stays_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.M
     lock = threading.Lock()
     real = storage.read_object
 
-    def counted(uri: str) -> storage.StoredObject:
+    def counted(uri: str, **limits: int) -> storage.StoredObject:
         with lock:
             begun.append(uri)
-        return real(uri)
+        return real(uri, **limits)
 
     images = manifest.images(shard)
     monkeypatch.setattr(storage, "read_object", counted)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.errors import ObjectNotFoundError, StorageError
+from pipeline.errors import ObjectNotFoundError, ObjectTooLargeError, StorageError
 
 
 def test_a_read_and_a_listing_agree_on_the_etag(root: str) -> None:
@@ -28,6 +28,16 @@ def test_ranges_are_half_open(root: str) -> None:
         assert storage.read(uri, 7) == b"789"
         assert storage.read(uri, None, 3) == b"012"
         assert storage.read(uri, 8, 20) == b"89"
+
+
+def test_an_object_that_is_larger_than_its_reader_takes_is_refused(root: str) -> None:
+    for name in ("plain.bin", "new\nline.bin"):
+        uri = storage.join(root, name)
+        storage.write(uri, b"0123456789")
+        assert storage.read_object(uri, max_bytes=10).data == b"0123456789"
+        with pytest.raises(ObjectTooLargeError, match=r"expected at most 9 bytes at .*, found 10") as refused:
+            storage.read_object(uri, max_bytes=9)
+        assert refused.value.details == {"size": 10}
 
 
 def test_a_file_that_comes_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
