@@ -184,7 +184,7 @@ def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) ->
     for net in nets:
         last = checkpoint.read_last(net.run.uri)
         done[net.name] = 0 if last is None else last["step"]
-        if last is None or not is_finished(net.run, last):
+        if not is_finished(last, net.run):
             unfinished.append(net)
     total = sum(net.run.num_steps for net in nets)
     with TrainingProgress(num_steps=total, interval_s=config.progress_interval_s) as progress:

@@ -6,7 +6,7 @@ python -m jobs.train ... --resume auto      goes on from the last checkpoint, wh
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import run_job
 from pipeline import storage
@@ -14,19 +14,31 @@ from pipeline.cluster import choose_device, connected_ray
 from pipeline.data.training_set import TrainingSet
 from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
-from pipeline.training.run import begin, make_run
+from pipeline.training.run import TrainingRun, begin, ended_run, make_run, refuse_name
+
+if TYPE_CHECKING:
+    from pipeline.training.trainer import Workers
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run, or resume, the training that `config` describes; publish, and write its records."""
     start = time.monotonic()
     run = make_run(config)  # what is wrong here is said before a cluster is waited for
+    refuse_name(run)
+    if (ended := ended_run(run)) is not None and (told := _published_anew(ended)) is not None:
+        return {**told, "status": "was done", "duration_s": round(time.monotonic() - start, 1)}
+    run, workers = _train(run)
+    return _conclude(run, workers, start)
+
+
+def _train(run: TrainingRun) -> tuple[TrainingRun, "Workers"]:
+    """Train to the run's end; the run, its device known, and what it was trained by."""
     from pipeline.telemetry import TrainingProgress
     from pipeline.training.loop import refuse_impossible
-    from pipeline.training.result import publish, write_records
     from pipeline.training.tracking import Tracker
     from pipeline.training.trainer import choose_workers, run_training
 
+    config = run.config
     with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)
         run = run.model_copy(update={"device": device})
@@ -37,7 +49,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
             use_gpu=device == "cuda",
             num_lanes=config.data.num_lanes,
         )
-        refuse_impossible(run, TrainingSet.open(run.config.train))
+        refuse_impossible(run, TrainingSet.open(config.train))
         begin(run)
         with (
             Tracker(run) as tracker,
@@ -49,6 +61,13 @@ def main(config: TrainConfig) -> dict[str, Any]:
                 tracker.update(told)
 
             run_training(run, workers, observe)
+    return run, workers
+
+
+def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, Any]:
+    """Publish the best weights, write the records; the summary, which is the last of them."""
+    from pipeline.training.result import publish, write_records
+
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
     duration_s = round(time.monotonic() - start, 1)
@@ -56,7 +75,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     images_per_s, data_wait_share, data_idle_share, device_lag = (_median(last["history"], name) for name in names)
     summary: dict[str, Any] = {
         "status": "done",
-        "run_id": config.run_id,
+        "run_id": run.config.run_id,
         "run": run.uri,
         "bundle": uri,
         "digest": bundle.digest,
@@ -67,8 +86,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
         "num_errors": len(last["errors"]),
         "images_per_s": images_per_s,
         "data_wait_share": data_wait_share,
-        "verdict": verdict(images_per_s, data_idle_share, device_lag, on_gpu=device == "cuda"),
-        "device": device,
+        "verdict": verdict(images_per_s, data_idle_share, device_lag, on_gpu=run.device == "cuda"),
+        "device": run.device,
         "num_workers": workers.most,
         "duration_s": duration_s,
         "report": storage.join(run.uri, "report.html"),
@@ -77,14 +96,28 @@ def main(config: TrainConfig) -> dict[str, Any]:
         "time": f"{duration_s} s",
         "images/s": f"{images_per_s:,.0f}",
         "bound": summary["verdict"],
-        "device": device,
+        "device": run.device,
         "workers": f"{workers.most} of {workers.cpus_per_worker} CPUs",
         "training images": run.num_images,
         "network": run.architecture.name,
     }
     write_records(run, last, facts)
-    storage.write(storage.join(run.uri, "summary.json"), json.dumps(summary, indent=1).encode())
+    storage.write(run.summary_uri, json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _published_anew(run: TrainingRun) -> dict[str, Any] | None:
+    """The summary of a run that has ended, its bundle there, under the name that it has now; None where its last
+    checkpoint is damaged or gone: then it has to be gone on with. Needs no cluster.
+    """
+    from pipeline.training import checkpoint
+    from pipeline.training.result import is_finished, publish
+
+    if not is_finished(checkpoint.read_last(run.uri), run):
+        return None
+    bundle, uri, _ = publish(run)
+    summary: dict[str, Any] = json.loads(storage.read(run.summary_uri))
+    return {**summary, "bundle": uri, "digest": bundle.digest}
 
 
 def _median(history: list[dict[str, Any]], name: str) -> float:

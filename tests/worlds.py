@@ -22,7 +22,9 @@ class JobFailedError(AssertionError):
     """A job ended with another exit code than expected."""
 
 
-def make_bundle(registry: Path | str, name: str = "tiny", architecture: str = "cifar_resnet8", seed: int = 0) -> str:
+def make_bundle(
+    registry: Path | str, name: str = "tiny", architecture: str = "cifar_resnet8", seed: int = 0, version: str = "1"
+) -> str:
     """Publish a net with seeded random weights over the demo's classes; its URI."""
     import torch
 
@@ -35,7 +37,7 @@ def make_bundle(registry: Path | str, name: str = "tiny", architecture: str = "c
     bundle, weights = pack(
         build(architecture, len(CLASSES)).eval(),
         name=name,
-        version="1",
+        version=version,
         architecture=Architecture(name=architecture),
         classes=list(CLASSES),
         preprocessing=Preprocessing(resize_size=32, crop_size=32),

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow as pa
 from pydantic import JsonValue
@@ -31,15 +31,17 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     """Publish the best weights by top-1 accuracy, once; the bundle, its URI, and the last state of the run with the
     `outcome` of the best.
 
-    Publishing them again changes nothing. Raises RunError where the run has not come to its end, BundleError where the
-    version is another's.
+    Publishing them again changes nothing, nor does it move an alias back that leads elsewhere by then. Raises RunError
+    where the run has not come to its end, BundleError where the version is another's.
     """
     last = checkpoint.read_last(run.uri)
-    if last is None or not is_finished(run, last):
+    if not is_finished(last, run):
         done = 0 if last is None else last["step"]
         raise RunError(
             f"expected {run.num_steps} steps to be done and judged, found {done} done: run again with --resume auto"
         )
+    versions = registry.list_versions(run.config.registry, run.config.name)
+    was_published = storage.exists(_history_uri(run)) and run.config.version in versions
     best = checkpoint.read(run.uri, checkpoint.best_step(last["evaluations"]))
     network = make_network(run)
     network.load_state_dict(best["ema"] or best["network"])
@@ -59,23 +61,29 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     for wanted in run.config.export:
         exported = export(network.eval(), run.preprocessing.crop_size, wanted)
         storage.write(storage.join(uri, "exports", EXPORT_FILES[wanted]), exported)
-    if run.config.alias is not None:  # last: who follows it finds all there
+    if run.config.alias is not None and not was_published:  # last: who follows it finds all there
         registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
     return bundle, uri, {**last, "outcome": best["outcome"]}
 
 
-def is_finished(run: TrainingRun, last: State) -> bool:
+def is_finished(last: State | None, run: TrainingRun) -> TypeGuard[State]:
     """Whether a run whose last state is this has nothing left to do: all its steps, and their evaluation."""
+    if last is None:
+        return False
     judged = [evaluation["step"] for evaluation in last["evaluations"]]
     return last["step"] == run.num_steps and run.num_steps in judged
 
 
 def write_records(run: TrainingRun, last: State, facts: Facts) -> None:
-    """Write the run's `history.json`, `errors.parquet` and `report.html`."""
+    """Write the run's `history.json`, `errors.parquet` and `report.html`; what they are of must be published."""
     history = {"train": last["history"], "evaluations": last["evaluations"]}
-    storage.write(storage.join(run.uri, "history.json"), json.dumps(history, indent=1).encode())
+    storage.write(_history_uri(run), json.dumps(history, indent=1).encode())
     storage.write(storage.join(run.uri, "errors.parquet"), encode(_errors_table(last["errors"])))
     storage.write(storage.join(run.uri, "report.html"), render(_report(run, last, facts)).encode())
+
+
+def _history_uri(run: TrainingRun) -> str:
+    return storage.join(run.uri, "history.json")
 
 
 def _metrics(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, Metric]:

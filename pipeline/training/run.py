@@ -78,6 +78,11 @@ class TrainingRun(BaseModel):
         return _uri_of(self.config)
 
     @property
+    def summary_uri(self) -> str:
+        """Where it is told how it ended; nothing is there until all else is."""
+        return storage.join(self.uri, "summary.json")
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_images // self.config.batch_size)
 
@@ -141,20 +146,40 @@ def begin(run: TrainingRun) -> None:
 
     Raises ConfigError where the name is taken, or there is nothing to resume, or the run began otherwise.
     """
+    refuse_name(run)
     if goes_on(run):
         earlier = read_run(run.uri)
-        if earlier is None:
-            raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
+        assert earlier is not None
         _refuse_change(earlier, run)
         return
     try:
         storage.write(_run_uri(run.uri), run.model_dump_json(indent=1).encode(), if_absent=True)
     except ObjectExistsError as error:
-        raise ConfigError(
-            f"run_id: {run.config.run_id!r} is there already under {run.config.output!r}; "
-            "go on with it by --resume auto, or choose another name"
-        ) from error
+        raise _taken(run) from error
     storage.write(storage.join(run.uri, "config.yaml"), run.config.to_yaml().encode())
+
+
+def refuse_name(run: TrainingRun) -> None:
+    """Raise the ConfigError that `begin` has for the run's name: it is taken, or there is nothing to resume."""
+    is_there = storage.exists(_run_uri(run.uri))
+    if goes_on(run) and not is_there:
+        raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
+    if not goes_on(run) and is_there:
+        raise _taken(run)
+
+
+def ended_run(run: TrainingRun) -> TrainingRun | None:
+    """`run`, on the device it had, where an earlier attempt has told how it ended; None where it is to be begun or gone
+    on with. Asks no cluster what it has.
+
+    Raises ConfigError where it is another one's name, or began otherwise.
+    """
+    earlier = read_run(run.uri) if goes_on(run) and storage.exists(run.summary_uri) else None
+    if earlier is None:
+        return None
+    run = run.model_copy(update={"device": earlier.device})
+    _refuse_change(earlier, run)
+    return run
 
 
 def read_run(uri: str) -> TrainingRun | None:
@@ -165,6 +190,13 @@ def read_run(uri: str) -> TrainingRun | None:
         return None
     except ValidationError as error:
         raise ConfigError(f"{_run_uri(uri)}: not a training run of this version:\n{describe(error)}") from error
+
+
+def _taken(run: TrainingRun) -> ConfigError:
+    return ConfigError(
+        f"run_id: {run.config.run_id!r} is there already under {run.config.output!r}; "
+        "go on with it by --resume auto, or choose another name"
+    )
 
 
 def _refuse_missing_packages(config: TrainConfig) -> None:

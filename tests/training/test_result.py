@@ -156,9 +156,9 @@ def test_an_unfinished_run_is_not_published(run, tmp_path, top1, done):
 def test_a_run_that_was_killed_before_its_last_evaluation_is_not_published(run, tmp_path):
     leave_states(run, {6: 0.9, 12: 0.5})
     state = checkpoint.read(run.uri, 12)
-    assert is_finished(run, state)
+    assert is_finished(state, run)
     state["evaluations"].pop()
-    assert not is_finished(run, state)
+    assert not is_finished(state, run)
     writer = CheckpointWriter(run.uri, CheckpointConfig(), since=6)
     writer.write(state)
     writer.wait()
@@ -176,6 +176,20 @@ def test_a_version_that_became_anothers_is_refused(run, tmp_path):
     assert files_below(tmp_path / "registry") == before
     _, uri, _ = publish(run.model_copy(update={"config": run.config.model_copy(update={"version": "2"})}))
     assert uri == registry.resolve(run.config.registry, "shapes/2")
+
+
+def test_an_alias_that_leads_elsewhere_by_now_is_not_moved_back(run, tmp_path):
+    run = run.model_copy(update={"config": run.config.model_copy(update={"alias": "production"})})
+    leave_states(run, {12: 0.5})
+    publish(run)  # and dies before its records are there
+    registry.set_alias(run.config.registry, "shapes", "production", "1")
+    write_records(run, publish(run)[2], {})
+    make_bundle(tmp_path / "registry", name="shapes", version="2")
+    registry.set_alias(run.config.registry, "shapes", "production", "2")
+    publish(run)
+    assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/2")
+    publish(run.model_copy(update={"config": run.config.model_copy(update={"version": "3"})}))
+    assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/3")
 
 
 # --- the records -----------------------------------------------------------------------------------------------------
