@@ -22,6 +22,7 @@ from pipeline.data import images
 from pipeline.errors import ImageError, RunError
 
 DECODED_WITHIN_S = 120.0
+_CLOSED = "the isolated decoder was closed while an image was decoded"
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,12 @@ class IsolatedDecoder:
 
         Raises RunError where no child can be started, or the decoder is closed, which is not this image's fault.
         """
+        options = {"max_pixels": max_pixels, "shrink_to": shrink_to}
         with self._at_work:
-            reply, pixels = self._ask({"max_pixels": max_pixels, "shrink_to": shrink_to}, data)
+            try:
+                reply, pixels = self._ask(options, data)
+            except _KilledError:  # perhaps for want of memory that others took: twice is the image's fault
+                reply, pixels = self._ask(options, data)
         if "error" in reply:
             raise ImageError("decode", reply["error"], reply["message"])
         return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(reply["shape"]).permute(2, 0, 1)
@@ -124,18 +129,18 @@ class IsolatedDecoder:
         with self._at_work:
             self._end()
 
-    def _ask(self, options: dict[str, object], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _ask(self, options: dict[str, int | None], data: bytes) -> tuple[dict[str, Any], bytes]:
         if self._child is None and not self._is_closed:
             self._start()
+        if self._is_closed:  # perhaps since it was started
+            raise RunError(_CLOSED)
         try:
-            if self._is_closed:
-                raise EOFError
             self._connection.send_bytes(json.dumps(options).encode())
             self._connection.send_bytes(data)
             return json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
         except (EOFError, OSError):
             if self._is_closed:
-                raise RunError("the isolated decoder was closed while an image was decoded") from None
+                raise RunError(_CLOSED) from None
             raise self._bury() from None
         except BaseException:  # interrupted half-way: the child's answer must not be taken for the next image's
             self._end()
@@ -177,8 +182,13 @@ class IsolatedDecoder:
         self._end()
         if code == -signal.SIGALRM:
             return ImageError("decode", "timed_out", f"expected an image within {self._timeout_s:g} s, got none")
+        kind = _KilledError if code == -signal.SIGKILL else ImageError
         cause = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return ImageError("decode", "crashed", f"the decoder {cause}")
+        return kind("decode", "crashed", f"the decoder {cause}")
+
+
+class _KilledError(ImageError):
+    """The child did not die by itself."""
 
 
 def _serve(connection: "multiprocessing.connection.Connection", timeout_s: float) -> None:

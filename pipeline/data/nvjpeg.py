@@ -18,9 +18,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.errors import RunError
 
 _MOST_PIXELS = 2**24  # of an image
-_MOST_PIXELS_AT_ONCE = (
-    2**26
-)  # of a call, whose buffers grow with it; the images of two groups stay, 3 GB each at the most
+_MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; images stay, of two groups 3 GB each at the most
 
 logger = logging.getLogger(__name__)
 

@@ -44,18 +44,24 @@ def test_an_image_that_takes_too_long_ends_its_process_and_the_time_between_imag
 # --- the isolated decoder ------------------------------------------------------------------------------------------
 
 HOSTILE_PLUGIN = """
-import ctypes
+import ctypes, os, signal
 from PIL import Image, ImageFile, PpmImagePlugin
 
 class Hostile(ImageFile.ImageFile):
     format = "PPM"
 
     def _open(self):
-        if self.fp.read(4) == b"HANG":
+        kind = self.fp.read(4)
+        if kind == b"HANG":
             ctypes.PyDLL(None).sleep(600)  # keeps the interpreter locked
+        if kind == b"KILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == b"ONCE":
+            os.rmdir(self.fp.read())  # fails the second time
+            os.kill(os.getpid(), signal.SIGKILL)
         ctypes.string_at(0)
 
-Image.register_open("PPM", Hostile, lambda prefix: prefix.startswith((b"HANG", b"CRASH")))
+Image.register_open("PPM", Hostile, lambda prefix: prefix.startswith((b"HANG", b"CRASH", b"KILL", b"ONCE")))
 """
 
 
@@ -96,6 +102,15 @@ def test_a_decoder_crash_takes_the_child_alone() -> None:
         assert isolated_refusal(decoder, bytes(warns_in_pillow)).error == "too_many_pixels"
         crash = isolated_refusal(decoder, b"CRASH")
         assert (crash.stage, crash.error, crash.message) == ("decode", "crashed", "the decoder died of SIGSEGV")
+
+
+@pytest.mark.usefixtures("hostile_plugin")
+def test_a_child_that_was_killed_may_have_been_in_the_way_of_others_once(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    with IsolatedDecoder() as decoder:
+        assert isolated_refusal(decoder, b"ONCE" + str(tmp_path / "first").encode()).error != "crashed"
+        killed = isolated_refusal(decoder, b"KILL")
+        assert (killed.error, killed.message) == ("crashed", "the decoder died of SIGKILL")
 
 
 @pytest.mark.slow
