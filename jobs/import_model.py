@@ -13,7 +13,7 @@ from jobs import run_job
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ObjectNotFoundError
 from pipeline.models import pretrained
 from pipeline.models.bundle import Architecture, Metric, Name, fill, pack
 from pipeline.models.registry import publish, set_alias
@@ -128,6 +128,11 @@ def _class_names(config: ImportConfig) -> list[str]:
         lines = storage.read(storage.normalise(config.classes_from)).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"classes_from: expected UTF-8 in {config.classes_from}, got {error}") from error
+    except ObjectNotFoundError as error:
+        raise ConfigError(
+            f"classes_from: expected a file of class names at {config.classes_from!r}, or the name of torchvision's "
+            "weights, found neither"
+        ) from error
     return [line for line in lines if line]
 
 

@@ -112,7 +112,9 @@ def main(config: PackConfig) -> dict[str, Any]:
         "duration_s": round(time.monotonic() - start, 1),
         "seconds_by_stage": totals.as_dict()["seconds_by_stage"],
     }
-    storage.write(storage.join(records, "summary.json"), json.dumps(summary, indent=1).encode())
+    summary_uri = storage.join(records, "summary.json")
+    if pending or not storage.exists(summary_uri):  # that of who did something says more
+        storage.write(summary_uri, json.dumps(summary, indent=1).encode())
     return summary
 
 
@@ -126,6 +128,8 @@ def _ordered(config: PackConfig, manifest: Manifest, output: str, records: str) 
     """
     if config.shuffle_seed is None and config.shard_size is not None:
         raise ConfigError("shard_size: expected with a shuffle_seed alone; the manifest's order keeps its shards too")
+    if config.images.reduced_decode is not None:
+        raise ConfigError("images.reduced_decode: is for predictions; reencode.shorter_side packs smaller images")
     shuffled = None if config.shuffle_seed is None else ShuffledSource(manifest, config.shuffle_seed)
     _record_plan(_deciding_fields(config, manifest), output, records)
     if shuffled is None:

@@ -71,9 +71,12 @@ def load(config_type: type[Config], argv: list[str]) -> Config:
     `--help` prints every field with its meaning and default, then exits. Raises ConfigError naming each wrong field,
     what was expected and what came.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--config", metavar="FILE", help="YAML file with the fields; those given here go over it")
-    known, rest = own.parse_known_args(argv)
+    try:
+        known, rest = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"command line: {error}") from error
     from_yaml = _read_yaml(known.config) if known.config else {}
     try:
         source: Any = CliSettingsSource(
@@ -127,6 +130,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not readable as YAML: {error}") from error
     if fields is not None and not isinstance(fields, dict):
         raise ConfigError(f"--config {path}: expected a mapping of fields, got a {type(fields).__name__}")
+    if strange := [name for name in fields or () if not isinstance(name, str)]:
+        raise ConfigError(
+            f"--config {path}: expected names of fields, got {strange[0]!r}; YAML reads on, off, yes and no so"
+        )
     return fields or {}
 
 

@@ -78,6 +78,7 @@ def test_a_config_cannot_be_changed():
         ("manifest: m\ncolour: red", "colour: unknown field"),
         ("tables: {top_k: 1}", "manifest: required, but not given"),
         ("[1, 2]", "expected a mapping of fields, got a list"),
+        ("manifest: m\non: 1", "expected names of fields, got True"),
         ("manifest: [unclosed", "not readable as YAML"),
         ("manifest: !!python/object/apply:os.getcwd []", "not readable as YAML"),
     ],
@@ -96,6 +97,11 @@ def test_every_wrong_field_is_named_at_once(yaml_file):
 def test_an_unknown_command_line_field_is_refused():
     with pytest.raises(ConfigError, match="--colour"):
         load(Example, ["--manifest", "m", "--colour", "red"])
+
+
+def test_a_config_without_a_name_is_an_error_like_others():
+    with pytest.raises(ConfigError, match="--config: expected one argument"):
+        load(Example, ["--manifest", "m", "--config"])
 
 
 def test_a_missing_file_is_named():

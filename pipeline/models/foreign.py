@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, ObjectNotFoundError
 from pipeline.models.catalog import Network
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel and DDP, torch.compile, Lightning and its like
@@ -34,9 +34,13 @@ def read_weights(uri: str, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in a safetensors file or a PyTorch checkpoint, told apart by their content.
 
     In a checkpoint it may be bare or an entry of it: the one named `key`, or without `key` the only one there is.
-    Raises BundleError where the file is damaged, holds anything but plain data, or holds no or several state dicts.
+    Raises BundleError where the file is missing or damaged, holds anything but plain data, or holds no or several state
+    dicts.
     """
-    data = storage.read(storage.normalise(uri))
+    try:
+        data = storage.read(storage.normalise(uri))
+    except ObjectNotFoundError as error:
+        raise BundleError(f"{uri}: expected a PyTorch checkpoint or a safetensors file, found nothing there") from error
     is_safetensors = data[8:9] == b"{"  # after the header's length; format of huggingface/safetensors
     try:
         content = _read_safetensors(data) if is_safetensors else _read_checkpoint(data)

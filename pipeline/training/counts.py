@@ -40,7 +40,7 @@ class Counts:
 
     def to_tensor(self) -> torch.Tensor:
         """All integers as one int64 vector of 2 + C·C; the loss stays behind."""
-        return torch.from_numpy(np.concatenate([[self.num_errors, self.top5], self.confusion.ravel()]).astype(np.int64))
+        return torch.from_numpy(np.concatenate([np.array([self.num_errors, self.top5]), self.confusion.ravel()]))
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor, loss_sum: float) -> Self:

@@ -24,7 +24,7 @@ from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
 from pipeline.tables import schemas
 from pipeline.tables.writing import encode
-from pipeline.training.counts import Outcome
+from pipeline.training.counts import Outcome, to_entries
 from pipeline.training.evaluate import Setup, evaluate_together
 from pipeline.training.protocol import Protocol
 from pipeline.training.worker import Worker
@@ -92,10 +92,10 @@ class Verdict:
             storage.write(storage.join(output_uri, name), data)
 
     def _everything(self) -> dict[str, Any]:
-        """The summary, the figures of each class, the confusion: a row is a true class, a column an answer."""
+        """The summary, the figures of each class, and the confusion as three columns, of what is not zero in it."""
         counts = self.outcome.counts
-        by_class = counts.by_class(self.bundle.classes)
-        return {**self.summary(), "classes": by_class, "confusion": counts.confusion.tolist()}
+        confusion = {name: column.tolist() for name, column in to_entries(counts.confusion).items()}
+        return {**self.summary(), "classes": counts.by_class(self.bundle.classes), "confusion": confusion}
 
     def _errors_by_kind(self) -> dict[str, int]:
         return dict(Counter(f"{failed.stage}/{failed.error}" for failed in self.outcome.errors).most_common())

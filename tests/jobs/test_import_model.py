@@ -103,6 +103,12 @@ def test_torchvisions_weights_bring_their_own_meaning(
         ({"architecture": None}, ConfigError, "architecture: required"),
         ({"preprocessing": None}, ConfigError, "preprocessing: required"),
         ({"classes": None}, ConfigError, "classes: required"),
+        (
+            {"classes": None, "classes_from": "/no/classes.txt"},
+            ConfigError,
+            "classes_from: expected a file .*, found ne",
+        ),
+        ({"source": "/no/checkpoint.pth"}, BundleError, "/no/checkpoint.pth: expected a PyTorch checkpoint .* nothing"),
         ({"classes_from": "classes.txt"}, ConfigError, "either `classes` or `classes_from`"),
         (
             {"classes": [], "source": "ResNet18_Weights.DEFAULT"},

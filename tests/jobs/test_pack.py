@@ -158,8 +158,10 @@ def test_a_rerun_packs_only_what_is_not_committed_and_gives_the_same_bytes(world
     without_ray.clear()
     assert pack(world, output, *flags)["num_packed"] == 27
     assert (without_ray, files(output)) == ([3], before)
+    kept = (output / "_pack/summary.json").read_bytes()
     again = pack(world, output, *flags)
     assert (again["status"], again["num_packed"], without_ray) == ("was done", 27, [3])
+    assert (output / "_pack/summary.json").read_bytes() == kept
 
 
 def test_a_file_that_is_there_already_keeps_its_etag(world, tmp_path, without_ray):
@@ -212,6 +214,8 @@ def test_what_cannot_come_to_an_end_is_refused_before_it_begins(world, tmp_path)
         pack(world, world / "manifest")
     with pytest.raises(ConfigError, match="shard_size: expected with a shuffle_seed alone"):
         pack(world, tmp_path / "packed", "--shuffle_seed", "null", "--shard_size", "5")
+    with pytest.raises(ConfigError, match=r"images\.reduced_decode: is for predictions"):
+        pack(world, tmp_path / "packed", "--images.reduced_decode", "2")
     assert not (tmp_path / "packed").exists()
 
 

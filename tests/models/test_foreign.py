@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.errors import BundleError, ObjectNotFoundError
+from pipeline.errors import BundleError
 from pipeline.models.bundle import fill
 from pipeline.models.catalog import Network, build
 from pipeline.models.foreign import adapt, read_weights
@@ -200,5 +200,5 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, state: State):
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ObjectNotFoundError, match=r"absent\.pth"):
+    with pytest.raises(BundleError, match=r"absent\.pth: expected a PyTorch checkpoint .* found nothing"):
         read_weights(str(tmp_path / "absent.pth"))

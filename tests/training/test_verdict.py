@@ -15,6 +15,7 @@ from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle
 from pipeline.tables import schemas
 from pipeline.training import evaluate
+from pipeline.training.counts import from_entries
 from pipeline.training.evaluate import Setup
 from pipeline.training.protocol import Protocol
 from pipeline.training.verdict import Verdict, judge_bundle
@@ -93,7 +94,7 @@ def test_bfloat16_is_asked_for_by_name(world, verdict):
 
 def test_the_json_has_every_figure(verdict, output):
     told = json.loads((output / "evaluation.json").read_text())
-    confusion = np.array(told["confusion"])
+    confusion = from_entries(told["confusion"], len(verdict.bundle.classes))
     np.testing.assert_array_equal(confusion, verdict.outcome.counts.confusion)
     assert (told["num_images"], told["num_errors"], told["top1"]) == (27, 3, confusion.trace())
     assert told["top1_error"] == (27 - told["top1"]) / 27
