@@ -102,7 +102,7 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
         "network": run.architecture.name,
     }
     write_records(run, last, facts)
-    storage.write(run.summary_uri, json.dumps(summary, indent=1).encode())
+    _record(run, summary)
     return summary
 
 
@@ -113,11 +113,19 @@ def _published_anew(run: TrainingRun) -> dict[str, Any] | None:
     from pipeline.training import checkpoint
     from pipeline.training.result import is_finished, publish
 
-    if not is_finished(checkpoint.read_last(run.uri), run):
+    last = checkpoint.read_last(run.uri)
+    if not is_finished(last, run):
         return None
-    bundle, uri, _ = publish(run)
-    summary: dict[str, Any] = json.loads(storage.read(run.summary_uri))
-    return {**summary, "bundle": uri, "digest": bundle.digest}
+    bundle, uri, _ = publish(run, last)
+    recorded: dict[str, Any] = json.loads(storage.read(run.summary_uri))
+    summary = {**recorded, "bundle": uri, "digest": bundle.digest}
+    if summary != recorded:
+        _record(run, summary)
+    return summary
+
+
+def _record(run: TrainingRun, summary: dict[str, Any]) -> None:
+    storage.write(run.summary_uri, json.dumps(summary, indent=1).encode())
 
 
 def _median(history: list[dict[str, Any]], name: str) -> float:

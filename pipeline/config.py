@@ -131,9 +131,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if fields is not None and not isinstance(fields, dict):
         raise ConfigError(f"--config {path}: expected a mapping of fields, got a {type(fields).__name__}")
     if strange := [name for name in fields or () if not isinstance(name, str)]:
-        raise ConfigError(
-            f"--config {path}: expected names of fields, got {strange[0]!r}; YAML reads on, off, yes and no so"
-        )
+        raise ConfigError(f"--config {path}: expected names of fields, got {strange[0]!r}")
     return fields or {}
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import ManifestError, StorageError
 
 Hashes = npt.NDArray[np.uint64]
 _BUCKET_BITS = 6  # 64 files of hashes: one of 10 million uris is 1.2 MB, of 1 billion 125 MB
-_DUPLICATES_NAMED = 3
+_NAMED = 3
 _SUSPECTS_AT_ONCE = 1_000  # where there are more, it is duplicates, and these name some of them
 _MOST_LABELS = 1_000_000
 
@@ -80,7 +80,10 @@ def spool(
     ):
         for batch in _selected(source.batches(), selection, skipped):
             hashes.add(hash_uris(batch["uri"]))
-            _count(batch["label"], labels)
+            for entry in pc.value_counts(batch["label"].drop_null()).to_pylist():
+                labels[entry["values"]] += entry["counts"]
+            if not source.is_packed:  # whose labels are of a manifest
+                _refuse_too_many(labels)
             stream.write_batch(batch)
             num_images += len(batch)
             on_progress(num_images)
@@ -106,14 +109,12 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _count(labels: pa.Array, counts: Counter[str]) -> None:
-    for entry in pc.value_counts(labels.drop_null()).to_pylist():
-        counts[entry["values"]] += entry["counts"]
-    if len(counts) > _MOST_LABELS:
-        named = ", ".join(map(repr, islice(counts, _DUPLICATES_NAMED)))
+def _refuse_too_many(labels: Counter[str]) -> None:
+    if len(labels) > _MOST_LABELS:
+        named = ", ".join(map(repr, islice(labels, _NAMED)))
         raise ManifestError(
-            f"expected labels of at most {_MOST_LABELS:,} classes, got more, such as {named}: are they names of images "
-            "rather than of classes? Name the column or the folders that hold classes, or leave labels out"
+            f"expected labels of at most {_MOST_LABELS:,} classes, got more, such as {named}: do they tell images "
+            "apart rather than classes? Take the column or the folders that name classes, or leave labels out"
         )
 
 
@@ -186,8 +187,8 @@ def _refuse_duplicates(spooled: Spool, suspects: Hashes) -> None:
     for start in range(0, len(suspects), _SUSPECTS_AT_ONCE):
         twice = _find_twice(spooled, suspects[start : start + _SUSPECTS_AT_ONCE])
         if twice:
-            more = " and more" if len(twice) >= _DUPLICATES_NAMED else ""
-            named = ", ".join(map(repr, twice[:_DUPLICATES_NAMED]))
+            more = " and more" if len(twice) >= _NAMED else ""
+            named = ", ".join(map(repr, twice[:_NAMED]))
             raise ManifestError(f"expected every uri once, got twice: {named}{more}; drop the repeated rows")
 
 
@@ -198,6 +199,6 @@ def _find_twice(spooled: Spool, suspects: Hashes) -> list[str]:
     for batch in spooled.batches():
         counts.update(batch["uri"].filter(pa.array(np.isin(hash_uris(batch["uri"]), suspects))).to_pylist())
         twice = [uri for uri, count in counts.items() if count > 1]
-        if len(twice) >= _DUPLICATES_NAMED:
+        if len(twice) >= _NAMED:
             break
     return twice

@@ -77,7 +77,7 @@ def report_finished(plan: Plan, config: PredictConfig) -> Summary:
         return {"status": "dry run" if config.dry_run else "was done", **describe(plan)}
     totals = prove(plan.run)
     of_attempt = {
-        "images_per_s": 0.0,  # summary.json has the one of the attempt that finished it
+        "images_per_s": 0.0,  # of this attempt
         "duration_s": round(time.monotonic() - start, 1),
         "computed_in": networks.describe(plan.run),
     }
@@ -91,7 +91,7 @@ def _record(plan: Plan, summary: Summary, failure: RunError | None) -> None:
     is new: it may allow another share of errors.
     """
     earlier = None if plan.num_pending else _read(plan.run)
-    if earlier is not None and (earlier.get("status") == "failed") == (failure is not None):
+    if earlier is not None and earlier.get("message") == (None if failure is None else str(failure)):
         return
     told = summary if earlier is None else {**earlier, "status": "done"}
     kept = {name: value for name, value in told.items() if name not in ("status", "error", "message")}
@@ -104,7 +104,7 @@ def _record(plan: Plan, summary: Summary, failure: RunError | None) -> None:
 def _read(run: Run) -> Summary | None:
     try:
         summary: Summary = json.loads(storage.read(run.summary_uri))
-    except ObjectNotFoundError:
+    except (ObjectNotFoundError, ValueError):  # gone, or damaged
         return None
     return summary
 

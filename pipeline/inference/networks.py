@@ -86,8 +86,13 @@ def should_compile_first(run: Run) -> bool:
     )
 
 
-def record_of(run: Run, manifest: Manifest, model: Model, precision: Precision) -> compiled.Record:
-    """The record of the model, compiled for this machine, now where it is not yet. Raises BundleError, StorageError."""
+def record_of(
+    run: Run, manifest: Manifest, model: Model, precision: Precision, *, may_compile: bool = True
+) -> compiled.Record:
+    """The record of the model, compiled for this machine; now where it is not yet and it `may_compile`.
+
+    Raises BundleError where there is none, StorageError.
+    """
     import torch
 
     from pipeline.data.loader import sample_pixels
@@ -97,6 +102,10 @@ def record_of(run: Run, manifest: Manifest, model: Model, precision: Precision) 
     target = compiler.target_here(
         bundle, torch.device(run.device), precision, batch_size=run.batch_size, num_threads=run.num_threads
     )
+    if not may_compile:
+        if (record := compiled.find(model.uri, target)) is None:
+            raise BundleError("not compiled yet")
+        return record
     samples = partial(sample_pixels, manifest, run.images, bundle.preprocessing, compiler.NUM_SAMPLES)
     return compiler.ensure(model.uri, target, samples)
 
@@ -123,15 +132,15 @@ def _choose(run: Run, manifest: Manifest, model: Model) -> Choice:
     import torch
 
     refused: list[str] = []
+    may_compile = True
     for precision in precisions(run.precision, torch.device(run.device)):
         try:
-            fault = record_of(run, manifest, model, precision).agreement.fault(run.agreement)
-        except compiled.NotKeptError as error:  # nor would it be in another precision
-            logger.warning("%s: %s", model.name, error)
-            refused.append(f"{precision}, compiled: {error}")
-            break
+            fault = record_of(run, manifest, model, precision, may_compile=may_compile).agreement.fault(run.agreement)
         except BundleError as error:
             fault = str(error)
+            if isinstance(error, compiled.NotKeptError):  # nor would it be kept in another precision
+                logger.warning("%s: %s", model.name, error)
+                may_compile = False
         if fault is None:
             return Choice(precision=precision, is_compiled=True, refused=tuple(refused))
         refused.append(f"{precision}, compiled: {fault}")

@@ -88,7 +88,7 @@ class Record(Section):
 
 
 class NotKeptError(BundleError):
-    """A network does compile, but what is compiled can be kept nowhere: the registry takes no writes."""
+    """A network does compile, but the registry allows no writes: so it is with whatever else were compiled."""
 
 
 def find(bundle_uri: str, target: Target) -> Record | None:

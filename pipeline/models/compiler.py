@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from pipeline import storage
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import BundleError, ObjectNotFoundError, StorageError
+from pipeline.errors import AccessDeniedError, BundleError, ObjectNotFoundError, StorageError
 from pipeline.models import int8
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network
@@ -71,7 +71,7 @@ def ensure(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | None
     `samples` gives preprocessed images, uint8 N×3×S×S, to measure the agreement on; without it, or where it gives none,
     they are drawn, but not for int8, whose ranges are measured on half of them. Of several on this machine one compiles
     and the others wait; of several machines the first to end is right. Raises BundleError where it cannot be compiled
-    here, NotKeptError where the registry takes no writes, StorageError where nothing can be read.
+    here or kept, NotKeptError where the registry allows no writes, StorageError where nothing can be read.
     """
     record = find(bundle_uri, target)
     if record is not None:
@@ -89,7 +89,8 @@ def _compile_and_keep(bundle_uri: str, target: Target, samples: Callable[[], Ten
         faster = find(bundle_uri, target)
         if faster is not None:
             return faster
-        raise NotKeptError(f"compiled, but not to be kept: {error}; run jobs.compile as one who may write") from error
+        kind = NotKeptError if isinstance(error, AccessDeniedError) else BundleError
+        raise kind(f"compiled, but not to be kept: {error}; run jobs.compile as one who may write") from error
     return record
 
 

@@ -175,9 +175,10 @@ def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None, refuse
 
     async def get() -> _Found:
         response = await files._call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
-        if is_whole:
-            refuse(response["ContentLength"])
-        return await response["Body"].read(), clean_etag(response["ETag"])
+        with response["Body"] as body:
+            told = response.get("ContentRange", "").rpartition("/")[2]
+            refuse(int(told) if told else response["ContentLength"])
+            return await body.read(), clean_etag(response["ETag"])
 
     found: _Found = fsspec.asyn.sync(files.loop, get)
     return found

@@ -1,7 +1,7 @@
 """What an evaluation finds: counts that add up over ranks, images that failed, images that were hardest."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -96,7 +96,7 @@ class Counts:
 
 
 def to_entries(confusion: IntArray) -> dict[str, torch.Tensor]:
-    """What is not zero in a confusion, for a checkpoint: int64 `truths`, `answers` and `counts`.
+    """What is not zero in a confusion: int64 `truths`, `answers` and `counts`.
 
     Of many classes it is little beside C×C: at most an entry for each image.
     """
@@ -105,10 +105,11 @@ def to_entries(confusion: IntArray) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
-def from_entries(entries: dict[str, torch.Tensor], num_classes: int) -> IntArray:
+def from_entries(entries: Mapping[str, torch.Tensor | Sequence[int]], num_classes: int) -> IntArray:
     """The confusion that `to_entries` was told."""
     confusion = Counts.empty(num_classes).confusion
-    confusion[entries["truths"], entries["answers"]] = entries["counts"]
+    truths, answers, counts = (np.asarray(entries[name], np.int64) for name in ("truths", "answers", "counts"))
+    confusion[truths, answers] = counts
     return confusion
 
 

@@ -27,21 +27,19 @@ Facts = dict[str, Any]
 _NOT_OF_THE_WEIGHTS = {field: what for field, what in MAY_CHANGE.items() if field not in ("name", "version")}
 
 
-def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
+def publish(run: TrainingRun, last: State | None = None) -> tuple[Bundle, str, State]:
     """Publish the best weights by top-1 accuracy, once; the bundle, its URI, and the last state of the run with the
-    `outcome` of the best.
+    `outcome` of the best; `last` is the last state, where it was read already.
 
     Publishing them again changes nothing, nor does it move an alias back that leads elsewhere by then. Raises RunError
     where the run has not come to its end, BundleError where the version is another's.
     """
-    last = checkpoint.read_last(run.uri)
+    last = last or checkpoint.read_last(run.uri)
     if not is_finished(last, run):
         done = 0 if last is None else last["step"]
         raise RunError(
             f"expected {run.num_steps} steps to be done and judged, found {done} done: run again with --resume auto"
         )
-    versions = registry.list_versions(run.config.registry, run.config.name)
-    was_published = storage.exists(_history_uri(run)) and run.config.version in versions
     best = checkpoint.read(run.uri, checkpoint.best_step(last["evaluations"]))
     network = make_network(run)
     network.load_state_dict(best["ema"] or best["network"])
@@ -61,8 +59,7 @@ def publish(run: TrainingRun) -> tuple[Bundle, str, State]:
     for wanted in run.config.export:
         exported = export(network.eval(), run.preprocessing.crop_size, wanted)
         storage.write(storage.join(uri, "exports", EXPORT_FILES[wanted]), exported)
-    if run.config.alias is not None and not was_published:  # last: who follows it finds all there
-        registry.set_alias(run.config.registry, bundle.name, run.config.alias, bundle.version)
+    _point_alias(run, uri)  # last: who follows it finds all there
     return bundle, uri, {**last, "outcome": best["outcome"]}
 
 
@@ -75,15 +72,21 @@ def is_finished(last: State | None, run: TrainingRun) -> TypeGuard[State]:
 
 
 def write_records(run: TrainingRun, last: State, facts: Facts) -> None:
-    """Write the run's `history.json`, `errors.parquet` and `report.html`; what they are of must be published."""
+    """Write the run's `history.json`, `errors.parquet` and `report.html`."""
     history = {"train": last["history"], "evaluations": last["evaluations"]}
-    storage.write(_history_uri(run), json.dumps(history, indent=1).encode())
+    storage.write(storage.join(run.uri, "history.json"), json.dumps(history, indent=1).encode())
     storage.write(storage.join(run.uri, "errors.parquet"), encode(_errors_table(last["errors"])))
     storage.write(storage.join(run.uri, "report.html"), render(_report(run, last, facts)).encode())
 
 
-def _history_uri(run: TrainingRun) -> str:
-    return storage.join(run.uri, "history.json")
+def _point_alias(run: TrainingRun, bundle_uri: str) -> None:
+    """Point the alias asked for at the bundle, once: by the next time it may lead to a later one."""
+    record_uri = storage.join(run.uri, "alias.json")
+    record = json.dumps({"alias": run.config.alias, "bundle": bundle_uri}).encode()
+    if run.config.alias is None or (storage.exists(record_uri) and storage.read(record_uri) == record):
+        return
+    registry.set_alias(run.config.registry, run.config.name, run.config.alias, run.config.version)
+    storage.write(record_uri, record)
 
 
 def _metrics(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, Metric]:

@@ -6,6 +6,7 @@
 <output>/<run_id>/errors.parquet  images that could not be used
 <output>/<run_id>/history.json    losses, accuracies and rates over the steps
 <output>/<run_id>/report.html     the same to look at
+<output>/<run_id>/alias.json      the alias that was pointed at its bundle, where one was
 <output>/<run_id>/summary.json    how it ended
 """
 
@@ -161,10 +162,12 @@ def begin(run: TrainingRun) -> None:
 
 def refuse_name(run: TrainingRun) -> None:
     """Raise the ConfigError that `begin` has for the run's name: it is taken, or there is nothing to resume."""
+    if run.config.resume == "auto":
+        return
     is_there = storage.exists(_run_uri(run.uri))
-    if goes_on(run) and not is_there:
+    if run.config.resume and not is_there:
         raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
-    if not goes_on(run) and is_there:
+    if is_there and not run.config.resume:
         raise _taken(run)
 
 
@@ -172,7 +175,7 @@ def ended_run(run: TrainingRun) -> TrainingRun | None:
     """`run`, on the device it had, where an earlier attempt has told how it ended; None where it is to be begun or gone
     on with. Asks no cluster what it has.
 
-    Raises ConfigError where it is another one's name, or began otherwise.
+    Raises ConfigError where it began otherwise, or is of another version.
     """
     earlier = read_run(run.uri) if goes_on(run) and storage.exists(run.summary_uri) else None
     if earlier is None:

@@ -18,9 +18,11 @@ def test_a_duplicate_uri_is_named() -> None:
 def test_equal_hashes_of_different_uris_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = spool_module.hash_uris
     monkeypatch.setattr(spool_module, "hash_uris", lambda uris, seed=None: whole(uris, seed) % 5)
+    monkeypatch.setattr(spool_module, "_SUSPECTS_AT_ONCE", 2)
     assert write_manifest(fresh(), Rows(some_rows(50)), shard_size=5).num_images == 50
-    with pytest.raises(ManifestError, match="0003"):
-        write_manifest(fresh(), Rows([*some_rows(50), some_rows(4)[3]]), shard_size=5)
+    for number in range(5):  # of whatever hash
+        with pytest.raises(ManifestError, match=f"000{number}"):
+            write_manifest(fresh(), Rows([*some_rows(50), some_rows(5)[number]]), shard_size=5)
 
 
 def test_a_source_that_is_there_twice_is_refused_by_some_of_its_uris_and_not_by_counting_all(
@@ -44,7 +46,7 @@ def test_labels_that_are_no_classes_are_refused_before_they_fill_the_memory(monk
     monkeypatch.setattr(spool_module, "_MOST_LABELS", 40)
     rows: list[Row] = [(f"s3://bucket/{number}.jpg", None, None, f"a photo, no. {number}") for number in range(50)]
     assert write_manifest(fresh(), Rows(rows[:40]), shard_size=5).num_images == 40
-    with pytest.raises(ManifestError, match=r"at most 40 classes, got more, such as 'a photo, no\. 0'"):
+    with pytest.raises(ManifestError, match=r"at most 40 classes, got more, such as 'a photo, no\. 0'.*do they tell"):
         write_manifest(fresh(), Rows(rows), shard_size=5)
 
 

@@ -56,18 +56,29 @@ def test_a_network_that_must_be_compiled_and_cannot_be_stops_the_run(world, comp
         decide(world, compile="always")
 
 
-def test_where_nothing_can_be_kept_one_compilation_is_tried_and_the_run_told(world, compiles, monkeypatch, caplog):
-    def refuse(uri, data, **options):
-        raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}")
+def refuse_write(uri, data, **options):
+    raise AccessDeniedError(f"the credentials in the environment do not allow {uri!r}")
 
+
+def test_where_nothing_can_be_kept_one_compilation_is_tried_and_the_run_told(world, compiles, monkeypatch, caplog):
     tried = []
-    monkeypatch.setattr(compiler, "compile_network", lambda *arguments: tried.append(arguments[2].precision) or b"code")
-    monkeypatch.setattr(compiler.storage, "write", refuse)
     plan = plan_of(world, run_id="run", compute={"precision": "auto"})
+    monkeypatch.setattr(compiler, "compile_network", lambda *arguments: tried.append(arguments[2].precision) or b"code")
+    monkeypatch.setattr(compiler.storage, "write", refuse_write)
     choice = networks._choose(plan.run, plan.manifest, plan.run.models[0])
     assert (str(choice), tried) == ("float32, eager", ["bfloat16"])
+    assert choice.refused[1] == "float32, compiled: not compiled yet"
     assert "not to be kept: the credentials" in choice.refused[0]
     assert "tiny/1: compiled, but not to be kept" in caplog.text
+
+
+def test_where_nothing_can_be_kept_what_others_have_compiled_is_used(world, compiles, monkeypatch):
+    plan = plan_of(world, run_id="run", compute={"precision": "auto", "compile": "always"})
+    networks.record_of(plan.run, plan.manifest, plan.run.models[0], "float32")
+
+    monkeypatch.setattr(compiler.storage, "write", refuse_write)
+    choice = networks._choose(plan.run, plan.manifest, plan.run.models[0])
+    assert str(choice) == "float32, compiled"
 
 
 def test_what_the_first_decided_stays_whatever_could_be_had_later(world, compiles):

@@ -43,7 +43,10 @@ def test_a_run_waits_for_its_cluster_and_a_dry_run_does_not_nor_one_that_is_fini
         assert (told["status"], told["num_pending"]) == (status, 0)
     with pytest.raises(RunError, match="max_error_rate"):
         jobs.predict.main(config_of(tmp_path, max_error_rate=0.09, **asked))
-    assert json.loads(storage.read(run.summary_uri))["status"] == "failed"
+    with pytest.raises(RunError) as failed:
+        jobs.predict.main(config_of(tmp_path, max_error_rate=0.05, **asked))
+    recorded = json.loads(storage.read(run.summary_uri))
+    assert (recorded["status"], recorded["message"]) == ("failed", str(failed.value))
     assert jobs.predict.main(config_of(tmp_path, **asked))["status"] == "was done"
     assert json.loads(storage.read(run.summary_uri)) == {"status": "done"}
     storage.delete(storage.join(run.uri, "commits", "00000003.json"))

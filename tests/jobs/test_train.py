@@ -1,5 +1,6 @@
 """What of `jobs.train` is neither the loop's nor the trainer's."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,8 @@ def test_a_training_waits_for_its_cluster_and_one_that_is_finished_does_not(
     assert Bundle.load(summary["bundle"]).digest == summary["digest"]
     renamed = jobs.train.main(config.model_copy(update={"version": "2"}))
     assert (renamed["status"], Bundle.load(renamed["bundle"]).version) == ("was done", "2")
+    recorded = json.loads(storage.read(run.summary_uri))
+    assert (recorded["status"], recorded["bundle"]) == ("done", renamed["bundle"])
     with pytest.raises(ConfigError, match="seed"):
         jobs.train.main(config.model_copy(update={"seed": 7}))
     with pytest.raises(ConfigError, match="there already"):
