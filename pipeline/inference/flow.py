@@ -181,11 +181,13 @@ def _stages(form: Form, decode: Literal["cpu", "gpu"]) -> tuple[Callable[..., An
 def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
     """Compile the run's networks in a task of an actor's size. Raises BundleError where they must be and cannot be."""
     print("compiling the networks, once for this kind of device", file=sys.stderr, flush=True)
-    options: dict[str, Any] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
+    # Not by `.options`, after which the process of a GPU's task stays, and with it what it has of the GPU's memory.
+    resources: dict[str, Any] = {"num_cpus": layout.cpus_per_actor, "num_gpus": layout.gpus_per_actor}
+    compiling = ray.remote(**resources)(compile_networks)
     try:
         size = in_words(layout.cpus_per_actor, layout.gpus_per_actor)
         with heard(attempts, {"compile": f"a task of {size}"}):
-            ray.get(ray.remote(compile_networks).options(**options).remote(plan.run, plan.manifest, attempts))
+            ray.get(compiling.remote(plan.run, plan.manifest, attempts))
     except ray.exceptions.RayError as error:
         raise _failure(error) from error
 

@@ -99,6 +99,8 @@ class Predictor:
             for model, bundle in zip(run.models, self.bundles, strict=True)
         ]
         self.turns = Turns()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # weights are moved by a stream that those of the batches do not wait for
 
     @cached_property
     def software(self) -> str:
@@ -196,7 +198,8 @@ def _eager(uri: str, bundle: Bundle, device: torch.device, precision: FloatPreci
     dtype = autocast_type(precision, device)
 
     def run(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        # Without autocast's cache of weights: it is one for all threads, whose streams would not wait for each other.
+        with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
             outputs: tuple[torch.Tensor, torch.Tensor] = network(bundle.preprocessing.normalise(pixels))
         return outputs
 

@@ -263,10 +263,14 @@ def _folded(trunk: nn.Module) -> nn.Module:
 
 
 def _kind_of(device: torch.device) -> dict[str, JsonValue]:
-    """What tells kinds of devices apart for which other code is made."""
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return {"name": torch.cuda.get_device_name(device), "capability": list(capability), "cuda": torch.version.cuda}
+    """What tells kinds of devices apart for which other code is made; code for the host's CPU launches a GPU's."""
+    if device.type == "cpu":
+        return _kind_of_cpu()
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return {"name": name, "capability": list(capability), "cuda": torch.version.cuda, "host": _kind_of_cpu()}
+
+
+def _kind_of_cpu() -> dict[str, JsonValue]:
     kind = {"machine": platform.machine(), "system": platform.system(), "has": torch.backends.cpu.get_cpu_capability()}
     capabilities: dict[str, JsonValue] = {"vnni": torch.cpu._is_vnni_supported()}  # what int8 turns on
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 may lack it

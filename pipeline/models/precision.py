@@ -83,3 +83,4 @@ def compute_repeatably() -> None:
     torch.backends.cudnn.benchmark = False  # the same kernels, hence the same bytes
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cuda.matmul.allow_tf32 = False  # also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set

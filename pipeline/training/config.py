@@ -241,7 +241,7 @@ class TrainComputeConfig(Section):
     max_failures: int = Field(3, ge=0)
     """Times that the workers are started again from the last checkpoint after one died."""
     deterministic: bool = False
-    """Only deterministic kernels on GPUs, slower; CPUs are deterministic anyway."""
+    """Only deterministic kernels on GPUs, slower; AlexNet and VGG lack some and fail. CPUs are deterministic anyway."""
 
 
 class TrainConfig(JobConfig):

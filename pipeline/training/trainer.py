@@ -163,6 +163,7 @@ def _train(run_json: str, worker: Worker) -> None:
 
 
 def _choose_kernels(compute: TrainComputeConfig) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False  # also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set
     if compute.precision == "float32":
         torch.backends.cudnn.allow_tf32 = False  # convolutions have 10 bits of mantissa otherwise
     if compute.deterministic:

@@ -64,6 +64,17 @@ def test_neither_is_what_other_software_hardware_or_weights_left(bundle_uri, pac
     assert compiled.find(bundle_uri, here) is None
 
 
+def test_what_was_compiled_for_a_gpu_is_not_found_on_a_host_of_another_kind(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    kinds = []
+    for has in ("AVX512", "AVX2"):
+        monkeypatch.setattr(compiler, "_kind_of_cpu", lambda has=has: {"has": has})
+        kinds.append(compiler._kind_of(torch.device("cuda")))
+    assert kinds[0] != kinds[1]
+    assert kinds[0] == {**kinds[1], "host": {"has": "AVX512"}}
+
+
 def test_a_run_knows_whether_its_bundle_was_compiled_for_it(bundle_uri, packages):
     digest = Bundle.load(bundle_uri).digest
     assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -32,6 +35,17 @@ def test_bfloat16_that_a_device_has_is_not(monkeypatch, caplog):
     monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: True)
     assert autocast_type("bfloat16", CPU) == torch.bfloat16
     assert not caplog.records
+
+
+def test_float32_is_float32_on_a_gpu_whatever_the_environment_says():
+    script = (
+        "import torch; from pipeline.models.precision import compute_repeatably as repeatably\n"
+        "flags = torch.backends.cuda.matmul, torch.backends.cudnn\n"
+        "for ready in (lambda: None, repeatably): ready(); print([flag.allow_tf32 for flag in flags])\n"
+    )
+    env = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[True, True]", "[False, False]"]
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
