@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.training.counts import Outcome
 
 _MAX_FAILURES = 1  # nothing is kept of an attempt, so each begins anew
+_MEET_WITHIN_S = 7 * 24 * 3600.0  # ranks meet when all is judged, and nodes may be of different speeds
 _NUM_HARDEST = 24
 
 
@@ -127,6 +128,7 @@ def _judge(
             max_failures=_MAX_FAILURES,
             observe=progress.update,
             stop_within_s=0,  # there is nothing to be saved
+            meet_within_s=_MEET_WITHIN_S,
         )
     return outcome, workers.most
 

@@ -107,8 +107,7 @@ def _labels(column: pa.ChunkedArray, uri: str) -> npt.NDArray[np.int64]:
 
 def _contents(manifest: Manifest) -> Iterator[list[str]]:
     """What tells each image's content: its name, and its etag where that is one of content."""
-    for shard in manifest.shards():
-        images = manifest.images(shard)
+    for images in storage.map_concurrently(manifest.images, manifest.shards()):
         for uri, etag in zip(images["uri"].to_pylist(), images["etag"].to_pylist(), strict=True):
             content = (etag or "").strip('"')  # quoted in some tables
             yield [uri, content] if _MD5.fullmatch(content) else [uri]

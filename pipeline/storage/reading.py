@@ -170,15 +170,16 @@ def _read_obstore(scheme: str, bucket: str, key: str, start: int | None, end: in
 
 def _read_s3fs(bucket: str, key: str, start: int | None, end: int | None, refuse: _Refuse) -> _Found:
     files = filesystem("s3")
-    is_whole = start is None and end is None
-    byte_range = {} if is_whole else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+    byte_range = (
+        {} if start is None and end is None else {"Range": f"bytes={start or 0}-{'' if end is None else end - 1}"}
+    )
 
     async def get() -> _Found:
         response = await files._call_s3("get_object", Bucket=bucket, Key=key, **byte_range)
-        with response["Body"] as body:
+        async with response["Body"]:
             told = response.get("ContentRange", "").rpartition("/")[2]
             refuse(int(told) if told else response["ContentLength"])
-            return await body.read(), clean_etag(response["ETag"])
+            return await response["Body"].read(), clean_etag(response["ETag"])
 
     found: _Found = fsspec.asyn.sync(files.loop, get)
     return found

@@ -106,7 +106,6 @@ def make_run(config: TrainConfig) -> TrainingRun:
     train, evaluation = (TrainingSet.open(storage.normalise(uri)) for uri in (config.train, config.evaluate_on))
     refuse_one_class(train)
     _refuse_other_classes(train, evaluation)
-    refuse_overlap(train, evaluation)
     start = _start_uri(config)
     architecture, preprocessing = config.architecture, config.evaluation.preprocessing
     if start is not None:
@@ -128,7 +127,8 @@ def make_run(config: TrainConfig) -> TrainingRun:
     if not goes_on(run) and config.version in registry.list_versions(config.registry, config.name):
         raise ConfigError(f"version: {config.name}/{config.version} is published already; choose a new one")
     _refuse_missing_packages(config)
-    if not goes_on(run):
+    if not goes_on(run):  # else it is of the same sets, and settings
+        refuse_overlap(train, evaluation)
         _refuse_idle(run)
     if config.batch_size > run.num_images:
         raise ConfigError(

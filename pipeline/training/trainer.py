@@ -7,6 +7,7 @@ Checkpoints are the run's own objects, not Ray's: a name never resumes by accide
 group that is started again goes on from the last one.
 """
 
+import logging
 import math
 import os
 import pickle
@@ -36,6 +37,7 @@ from pipeline.training.worker import Notice, Worker
 _POLL_S = 0.5
 _END_WITHIN_S = 30.0
 _STOP_WITHIN_S = 60.0
+_MEET_WITHIN_S = 1800.0
 
 _AFTER_DEATHS = (
     "A worker's process died or was lost: look for out-of-memory kills (a smaller batch_size, fewer workers), lost "
@@ -43,6 +45,8 @@ _AFTER_DEATHS = (
 )
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,24 @@ def choose_workers(
             f"compute.num_workers: {fewest} workers of {workers.each} each do not fit this cluster, {fitting} do "
             f"(nodes: {there}); lower it or compute.cpus_per_worker, or add nodes"
         )
+    if num_lanes is not None:
+        _warn_of_idleness(most, num_lanes)
     return workers
+
+
+def _warn_of_idleness(num_workers: int, num_lanes: int) -> None:
+    """A worker has whole lanes, and each step waits for those that have the most."""
+    most_lanes = -(-num_lanes // num_workers)
+    enough = -(-num_lanes // most_lanes)
+    if enough < num_workers:
+        logger.warning(
+            "%d workers share %d lanes, of which some have %d: no faster than %d workers. Take as many, or begin with "
+            "data.num_lanes of a multiple of the workers",
+            num_workers,
+            num_lanes,
+            most_lanes,
+            enough,
+        )
 
 
 def run_training(
@@ -109,19 +130,21 @@ def run_workers(
     observe: Callable[[Status], None] = lambda status: None,
     look_out: Callable[[], None] = lambda: None,
     stop_within_s: float = _STOP_WITHIN_S,
+    meet_within_s: float = _MEET_WITHIN_S,
 ) -> T:
     """Do `work` on every rank, on a connected Ray; what it returns on rank 0.
 
     `observe` is called on this thread with what the ranks tell, `look_out` all the while, also where they tell nothing.
     An exception on this thread, theirs or a signal's, asks the workers to stop and waits for that, `stop_within_s` at
     most. A rank's death starts all of them again, `max_failures` times, unless it failed of what starting again would
-    not change: that PipelineError is raised, as RunError is with whatever else a rank failed of.
+    not change: that PipelineError is raised, as RunError is with whatever else a rank failed of. Ranks that exchange
+    something wait `meet_within_s` for the last of them.
     """
     bulletin = start_here(Bulletin)
     # Ray's records of this attempt; nothing is resumed from them, and after a stop it may still be writing there
     with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as folder:
         being_workers = partial(_be_a_worker, work, bulletin, workers.cpus_per_worker)
-        fitting = partial(_fit, being_workers, workers, name, max_failures, folder)
+        fitting = partial(_fit, being_workers, workers, name, max_failures, folder, meet_within_s)
         fit = _in_a_thread(fitting)  # not on the main thread, where Ray Train would put in a signal handler of its own
         try:
             with heard(bulletin, {"workers": f"{workers.fewest} workers of {workers.each} each"}):
@@ -200,10 +223,13 @@ def _be_a_worker(work: Callable[[Worker], Any], bulletin: Any, num_threads: int)
         ray.get(bulletin.end.remote(failure, pickle.dumps(result)))
 
 
-def _fit(work: Callable[[], None], workers: Workers, name: str, max_failures: int, folder: str) -> None:
+def _fit(
+    work: Callable[[], None], workers: Workers, name: str, max_failures: int, folder: str, meet_within_s: float
+) -> None:
     most, fewest = workers.most, workers.fewest
     trainer = ray.train.torch.TorchTrainer(
         work,
+        torch_config=ray.train.torch.TorchConfig(timeout_s=round(meet_within_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=workers.use_gpu,

@@ -46,6 +46,13 @@ def test_no_workers_more_fewest_than_most_and_more_than_lanes_are_refused(num_wo
         choose_workers([Node(8)], num_workers=num_workers, cpus_per_worker=1, use_gpu=False, num_lanes=4)
 
 
+@pytest.mark.parametrize(("num_workers", "enough"), [(2, None), (8, None), (12, 8), (15, 8), (16, None)])
+def test_workers_that_lanes_leave_idle_are_told_of(num_workers: int, enough: int | None, caplog):
+    choose_workers([Node(64)], num_workers=[num_workers], cpus_per_worker=1, use_gpu=False, num_lanes=16)
+    assert (enough is None) == (not caplog.records)
+    assert enough is None or f"no faster than {enough} workers" in caplog.text
+
+
 def test_without_lanes_there_may_be_as_many_workers_as_fit():
     assert choose_workers([Node(64)], num_workers=[40], cpus_per_worker=1, use_gpu=False).most == 40
 
