@@ -1,7 +1,8 @@
 """The training loop: batches in, steps, and at their times a look, an evaluation, a checkpoint.
 
 The state of a run is its network, optimizer, average and the number of steps done; all else follows from the config and
-that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does.
+that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does. Of three
+ranks and more the last bits differ: at its first step DDP groups gradients otherwise, and Gloo sums by groups.
 """
 
 from contextlib import AbstractContextManager, nullcontext
