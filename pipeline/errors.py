@@ -4,6 +4,7 @@
     ├── ConfigError               a config field is unknown, ill-typed or impossible here           exit code 2
     ├── ManifestError             a source of images or a manifest cannot be used as it stands      exit code 2
     ├── BundleError               a bundle, a checkpoint or an alias cannot be used as it stands    exit code 2
+    │   └── NotKeptError          what was compiled cannot be kept: the registry allows no writes
     ├── StorageError              an object store or file system refused or failed
     │   ├── ObjectNotFoundError
     │   ├── ObjectExistsError     put-if-absent found the object there already
@@ -48,6 +49,10 @@ class BundleError(PipelineError):
     """A bundle, a checkpoint or a registry alias cannot be used as it stands."""
 
     exit_code = 2
+
+
+class NotKeptError(BundleError):
+    """A network does compile, but the registry allows no writes: so it is with whatever else were compiled."""
 
 
 class StorageError(PipelineError):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest
-from pipeline.errors import BundleError, ObjectExistsError, ObjectNotFoundError, RunError
+from pipeline.errors import BundleError, NotKeptError, ObjectExistsError, ObjectNotFoundError, RunError
 from pipeline.inference.plan import Model, Run
 from pipeline.models import compiled
 from pipeline.models.bundle import Bundle
@@ -138,7 +138,7 @@ def _choose(run: Run, manifest: Manifest, model: Model) -> Choice:
             fault = record_of(run, manifest, model, precision, may_compile=may_compile).agreement.fault(run.agreement)
         except BundleError as error:
             fault = str(error)
-            if isinstance(error, compiled.NotKeptError):  # nor would it be kept in another precision
+            if isinstance(error, NotKeptError):  # nor would it be kept in another precision
                 logger.warning("%s: %s", model.name, error)
                 may_compile = False
         if fault is None:

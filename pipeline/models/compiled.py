@@ -87,10 +87,6 @@ class Record(Section):
     compile_s: float
 
 
-class NotKeptError(BundleError):
-    """A network does compile, but the registry allows no writes: so it is with whatever else were compiled."""
-
-
 def find(bundle_uri: str, target: Target) -> Record | None:
     """The record of the compilation for `target`, if there is one. Raises BundleError where it is damaged."""
     record = _read(record_uri(bundle_uri, target))

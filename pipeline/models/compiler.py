@@ -24,13 +24,12 @@ from torch.nn import functional as F
 
 from pipeline import storage
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import AccessDeniedError, BundleError, ObjectNotFoundError, StorageError
+from pipeline.errors import AccessDeniedError, BundleError, NotKeptError, ObjectNotFoundError, StorageError
 from pipeline.models import int8
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network
 from pipeline.models.compiled import (
     Agreement,
-    NotKeptError,
     Record,
     Target,
     alone_on_this_machine,
