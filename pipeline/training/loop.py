@@ -1,8 +1,7 @@
 """The training loop: batches in, steps, and at their times a look, an evaluation, a checkpoint.
 
 The state of a run is its network, optimizer, average and the number of steps done; all else follows from the config and
-that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does. Of three
-ranks and more the last bits differ: at its first step DDP groups gradients otherwise, and Gloo sums by groups.
+that number, random numbers too, so a run that goes on from a checkpoint does what an undisturbed one does.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -128,6 +127,8 @@ class Trainee:
         if config.compute.compile:
             self._network.compile()
         self._replica = _replicated(self._network, worker)
+        if self._replica is not self._network:
+            self._settle()
 
     @property
     def judged_network(self) -> Network:
@@ -206,21 +207,36 @@ class Trainee:
     def _forward_backward(
         self, images: Tensor, targets: Tensor, labels: Tensor, weights: Tensor, *, num_global: int
     ) -> Tensor:
-        kept: list[Tensor] | None = None
-        if len(images) == 0:  # a rank without images still takes part in the others' sums, but learns nothing
-            size = images.shape[1:]
-            images, targets = images.new_zeros(2, *size), targets.new_zeros(2, *targets.shape[1:])  # norms want two
-            labels, weights = labels.new_zeros(2), weights.new_zeros(2)
-            kept = [buffer.clone() for buffer in self._network.buffers()]
+        if len(images) == 0:
+            return self._partake(2, images.shape[-1])  # norms want two
         with torch.autocast(self._worker.device.type, self._precision, enabled=self._precision is not None):
             logits, _ = self._replica(images)
         loss = self._loss(logits.float(), targets, weights)
         (loss * (self._worker.world_size / num_global)).backward()  # ranks' gradients are averaged
-        if kept is not None:
-            for buffer, before in zip(self._network.buffers(), kept, strict=True):
-                buffer.copy_(before)
         num_right = ((logits.argmax(1) == labels) * weights).sum()
         return torch.stack([loss.detach(), num_right, weights.sum()]).double()
+
+    def _partake(self, num_images: int, size: int) -> Tensor:
+        """Take part in the ranks' sums, as one that has no images of a step: of black ones nothing is learnt."""
+        device = self._worker.device
+        images = torch.zeros(num_images, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+        kept = [buffer.clone() for buffer in self._network.buffers()]
+        totals = self._forward_backward(images, labels, labels, torch.zeros(num_images, device=device), num_global=1)
+        for buffer, before in zip(self._network.buffers(), kept, strict=True):
+            buffer.copy_(before)
+        return totals
+
+    def _settle(self) -> None:
+        """Have DDP group gradients as from its second step on; the last bits of sums over three ranks and more, and
+        so whether a run that goes on from a checkpoint equals an undisturbed one, depend on the groups.
+
+        On as many images as a rank mostly has, so that what is compiled is so for these.
+        """
+        config = self._run.config
+        num_images = config.batch_size // (self._worker.world_size * config.optimizer.accumulation_steps)
+        self._partake(max(num_images, 2), augment.size_at(config.augment, 0.0))
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
         if is_last or not isinstance(self._replica, DistributedDataParallel):

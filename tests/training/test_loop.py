@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline import storage
 from pipeline.data import train_loader
 from pipeline.data.decoders import IsolatedDecoder, WatchedDecoder
 from pipeline.data.training_set import TrainingSet
@@ -255,6 +256,20 @@ def test_a_run_goes_on_with_another_number_of_ranks_at_the_very_next_sample(root
     assert last_state(run)["step"] == 4
     train_together(run, 2)
     assert largest_difference(last_state(undisturbed)["network"], last_state(run)["network"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_three_ranks_that_go_on_from_a_checkpoint_end_with_the_very_weights_of_undisturbed_ones(root):
+    fields = {"augment": {"crop": "pad", "size": 32}, "checkpoint": {"every_steps": 2, "keep_last": 9}}
+    run = make_run(train_config(root, run_id="three-ranks", batch_size=12, **fields))
+    train_together(run, 3)
+    undisturbed = last_state(run)
+    for step in checkpoint.list_steps(run.uri)[1:]:
+        storage.delete(checkpoint.checkpoint_uri(run.uri, step))
+    assert checkpoint.list_steps(run.uri) == [2]
+    train_together(run, 3)
+    assert last_state(run)["step"] == undisturbed["step"] == 8
+    assert largest_difference(last_state(run)["network"], undisturbed["network"]) == 0
 
 
 CRASHES = b"CRASHES the decoder"
