@@ -179,7 +179,7 @@ def _synthetic(run: TrainingRun, arguments: argparse.Namespace) -> float:
     images = TrainingSet.open(run.config.train)
     trainee = Trainee(run, worker, images)
     loader = make_loader(run, worker, images)
-    batch = next(iter(loader.batches(0, 0, rank=0, world_size=1, size_at=lambda _: arguments.size)))
+    batch = next(iter(loader.batches(range(1), rank=0, world_size=1, size_at=lambda _: arguments.size)))
     start = 0.0
     for number in range(arguments.steps):
         if number == arguments.warm_up:

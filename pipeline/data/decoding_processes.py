@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,9 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.train_loader import TrainBatch, TrainLoader, pinned
 from pipeline.errors import ImageError, PipelineError
-
-Batches: TypeAlias = Callable[[TrainLoader, int, int], Iterator[TrainBatch]]
-"""Of a loader, for a rank of so many: from where training is to where it ends. Crosses to the processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +36,40 @@ class _Parts(IterableDataset["_Part | PipelineError"]):
     start of the next one until this one has imported torch.
     """
 
-    def __init__(self, loader: TrainLoader, batches: Batches, rank: int, world_size: int) -> None:
-        needed = bytearray(pickle.dumps((loader, batches)))
+    def __init__(
+        self, loader: TrainLoader, steps: range, rank: int, world_size: int, size_at: Callable[[int], int]
+    ) -> None:
+        needed = bytearray(pickle.dumps((loader, size_at)))
         self._needed = torch.frombuffer(needed, dtype=torch.uint8).clone().share_memory_()
-        self._rank, self._world_size = rank, world_size
+        self._steps, self._rank, self._world_size = steps, rank, world_size
 
     def __iter__(self) -> "Iterator[_Part | PipelineError]":
         info = get_worker_info()
         assert info is not None
-        loader, batches = pickle.loads(self._needed.numpy())
-        ranks = _ranks_of(self._rank, self._world_size, info.num_workers)
+        loader, size_at = pickle.loads(self._needed.numpy())
+        rank = _ranks_of(self._rank, self._world_size, info.num_workers)[info.id]
+        world_size = self._world_size * info.num_workers
         try:
-            for batch in batches(loader, ranks[info.id], self._world_size * info.num_workers):
+            for batch in loader.batches(self._steps, rank=rank, world_size=world_size, size_at=size_at):
                 yield _Part(batch, _taken(loader.errors))
         except PipelineError as error:
             yield error
 
 
 def decoded_by_processes(
-    loader: TrainLoader, batches: Batches, *, rank: int, world_size: int, num_processes: int, num_ahead: int
+    loader: TrainLoader,
+    steps: range,
+    *,
+    rank: int,
+    world_size: int,
+    size_at: Callable[[int], int],
+    num_processes: int,
+    num_ahead: int,
 ) -> Iterator[TrainBatch]:
-    """What `batches` gives for this rank, each of `num_processes` decoding its part `num_ahead` batches ahead.
+    """The loader's batches of these steps, each of `num_processes` decoding its part `num_ahead` batches ahead.
 
-    The loader's threads and requests are shared out among them, and what fails is added to its `errors`. Raises what
-    `batches` raises, and RuntimeError where a process dies.
+    The loader's threads and requests are shared out among them, and what fails is added to its `errors`; `size_at`
+    crosses to them. Raises as `loader.batches`, and RuntimeError where a process dies.
     """
     num_threads = max(1, loader.num_threads // num_processes)
     concurrency = max(1, loader.limits.fetch_concurrency // num_processes)
@@ -71,7 +77,7 @@ def decoded_by_processes(
     theirs = replace(loader, num_threads=num_threads, limits=limits, pin_memory=False, errors={})
     parts = iter(
         DataLoader(
-            _Parts(theirs, batches, rank, world_size),
+            _Parts(theirs, steps, rank, world_size, size_at),
             batch_size=None,
             num_workers=num_processes,
             prefetch_factor=num_ahead,

@@ -61,13 +61,14 @@ class EpochOrder:
         """The images of a lane: as many as of any other, or one more."""
         return len(range(lane, self.num_images, self.num_lanes))
 
-    def windows(self, lane: int, first: int = 0) -> Iterator[tuple[Window, int]]:
-        """The windows of a lane from that of its image `first` on, each with the number of its images to pass over."""
+    def windows(self, lane: int, first: int = 0) -> Iterator[Window]:
+        """The windows of a lane from its image `first` on, which is where the first of them begins."""
         done = 0
         for number, (start, end) in enumerate(self._window_bounds(lane)):
             size = end - start
             if first < done + size:
-                yield self._window(lane, number, start, end), max(first - done, 0)
+                window, skip = self._window(lane, number, start, end), max(first - done, 0)
+                yield Window(window.shard_ids[skip:], window.rows[skip:])
             done += size
 
     def draws(self, step: int, num_images: int, num_draws: int) -> npt.NDArray[np.float64]:
@@ -97,22 +98,24 @@ class EpochOrder:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """An epoch's positions cut into steps, and dealt to workers."""
+    """Each epoch's positions cut into a run's steps, and dealt to workers.
+
+    Steps are counted over the run: that after an epoch's last is the next epoch's first.
+    """
 
     num_images: int
     batch_size: int
     num_lanes: int
 
     @property
-    def num_steps(self) -> int:
+    def per_epoch(self) -> int:
         return -(-self.num_images // self.batch_size)
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """The first position of a step, and that of the next."""
-        return (
-            self.num_images * step // self.num_steps,
-            self.num_images * (step + 1) // self.num_steps,
-        )
+        """The first position of a step in its epoch, and the one after its last."""
+        per_epoch = self.per_epoch
+        in_epoch = step % per_epoch
+        return self.num_images * in_epoch // per_epoch, self.num_images * (in_epoch + 1) // per_epoch
 
     def share(self, step: int, rank: int, world_size: int) -> IntArray:
         """The positions of a step that are this rank's, ascending: those of every world_size-th lane."""

@@ -7,22 +7,27 @@ An image that fails keeps its place, black and without weight, so that a batch i
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from pipeline import storage
 from pipeline.data.decoders import NO_CAUTION, Caution, guarded_decoder
-from pipeline.data.manifest import Shard
 from pipeline.data.readers import LOOSE_BYTES_AHEAD, ImageRef, ReadLimits, fetch_image, image_refs, read_shard
 from pipeline.data.sampler import EpochOrder, Steps, Window
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, ImageError, StorageError
+
+_LISTED_ROWS = 1000  # of a table, that are made objects at once
+_LISTED_SCHEMA = pa.schema(  # large strings: those of a lane may be more than 2 GB
+    [("uri", pa.large_string()), ("size", pa.int64()), ("etag", pa.large_string()), ("label", pa.int64())]
+)
 
 Draws: TypeAlias = npt.NDArray[np.float64]
 Geometry: TypeAlias = Callable[[torch.Tensor, int, Draws], torch.Tensor]
@@ -77,66 +82,73 @@ class TrainLoader:
         return EpochOrder(self.images.shard_sizes, self.seed, epoch, self.num_lanes, window)
 
     def batches(
-        self, epoch: int, first_step: int, *, rank: int, world_size: int, size_at: Callable[[int], int]
+        self, steps: range, *, rank: int, world_size: int, size_at: Callable[[int], int]
     ) -> Iterator[TrainBatch]:
-        """This rank's part of every step of an epoch from `first_step` on.
+        """This rank's part of each of these steps of a run; what comes next is read across the ends of epochs.
 
         Nothing is raised for an image, StorageError for a store that fails: its images would be missing.
         """
-        order = self.order(epoch)
-        parts = _Parts(order, self.steps, first_step, rank, world_size, self.num_draws)
-        decoded = self._decoded_ahead(self._ordered(order, parts), parts.sizes_and_draws(size_at))
+        parts = _Parts(self, steps, rank, world_size)
+        decoded = self._decoded_ahead(self._ordered(parts), parts.sizes_and_draws(size_at))
         return self._batches(decoded, parts, size_at)
 
     def whole_images(self) -> "Iterator[_Decoded]":
         """Every image of the set in manifest order, decoded and whole."""
-        items = (item for shard in self.images.shards for item in self._whole_shard(shard))
+        sizes = enumerate(self.images.shard_sizes.tolist())
+        shards = (Window(np.full(size, shard_id, np.int64), np.arange(size)) for shard_id, size in sizes)
         uncut = replace(self, geometry=lambda image, size, draws: image)
-        return uncut._decoded_ahead(items, itertools.repeat((0, np.empty(0))))
+        return uncut._decoded_ahead(self._items(shards), itertools.repeat((0, np.empty(0))))
 
-    def _ordered(self, order: EpochOrder, parts: "_Parts") -> Iterator["_Item"]:
-        start, _ = parts.steps.bounds(parts.first_step)
-        mine = range(parts.rank, order.num_lanes, parts.world_size)
-        lanes = {
-            lane: self._lane(order, lane, (start - lane + order.num_lanes - 1) // order.num_lanes) for lane in mine
-        }
-        fronts = storage.map_concurrently(lambda lane: next(lane, None), lanes.values(), len(lanes) or 1)
+    def _ordered(self, parts: "_Parts") -> Iterator["_Item"]:
+        lanes = {lane: self._items(parts.windows(lane)) for lane in parts.lanes}
+        fronts = storage.map_concurrently(lambda items: next(items, None), lanes.values(), len(lanes) or 1)
         heads = dict(zip(lanes, fronts, strict=True))  # the first windows at once, not one after the other
-        for step in parts.range:
+        for step in parts.steps:
             for position in parts.positions(step):
-                lane = position % order.num_lanes
+                lane = position % self.num_lanes
                 yield heads.pop(lane, None) or next(lanes[lane])
 
-    def _lane(self, order: EpochOrder, lane: int, first: int) -> Iterator["_Item"]:
-        """A lane's images from its image `first` on, one window ahead of the reader."""
-        for items, skip in storage.map_concurrently(self._load_window, order.windows(lane, first), 1):
-            items.reverse()
-            del items[len(items) - skip :]
-            while items:  # popped, so that a packed image's bytes are let go as soon as it is decoded
-                yield items.pop()
+    def _items(self, windows: Iterator[Window]) -> Iterator["_Item"]:
+        """The images of windows, read one window ahead."""
+        load = self._load_packed if self.images.is_packed else self._load_listed
+        for items in storage.map_concurrently(load, windows, 1):
+            yield from items
 
-    def _load_window(self, window_and_skip: tuple[Window, int]) -> "tuple[list[_Item], int]":
-        window, skip = window_and_skip
-        loaded: dict[tuple[int, int], _Item] = {}
-        for shard_id in np.unique(window.shard_ids):
-            rows = window.rows[window.shard_ids == shard_id]
-            loaded |= {(shard_id, row): item for row, item in self._load_rows(int(shard_id), set(rows.tolist()))}
-        return [loaded[place] for place in zip(window.shard_ids, window.rows, strict=True)], skip
+    def _load_packed(self, window: Window) -> Iterator["_Item"]:
+        """A packed window with its images' bytes, each of which is let go as soon as it is decoded."""
+        loaded: list[_Item | None] = [None] * len(window.rows)
+        for shard_id, places in _by_shard(window):
+            place_of = dict(zip(window.rows[places].tolist(), places.tolist(), strict=True))
+            for row, item in enumerate(self._read_packed(shard_id, max(place_of) + 1)):
+                if row in place_of:
+                    loaded[place_of[row]] = item
+        loaded.reverse()
+        return _popped(loaded)
 
-    def _load_rows(self, shard_id: int, wanted: set[int]) -> Iterator[tuple[int, "_Item"]]:
-        shard, labels = self.images.shards[shard_id], self.images.labels[shard_id]
+    def _read_packed(self, shard_id: int, num_rows: int) -> Iterator["_Item"]:
+        shard = self.images.shards[shard_id]
         table = self.images.manifest.images(shard)
-        refs = image_refs(table)
-        if shard.source is None:
-            yield from ((row, _Item(refs[row], int(labels[row]), None)) for row in sorted(wanted))
-            return
         encoded = read_shard(shard, table, allowed_roots=self.limits.allowed_roots, max_bytes=self.limits.max_bytes)
-        for row, data in zip(range(max(wanted) + 1), encoded, strict=False):
-            if row in wanted:
-                yield row, _Item(refs[row], int(labels[row]), data)
+        labels = self.images.labels[shard_id].tolist()
+        return map(_Item, image_refs(table)[:num_rows], labels, encoded)
 
-    def _whole_shard(self, shard: Shard) -> Iterator["_Item"]:
-        return (item for _, item in self._load_rows(shard.shard_id, set(range(shard.num_images))))
+    def _load_listed(self, window: Window) -> Iterator["_Item"]:
+        """A window of loose images, still to be fetched: rows of a table until they are due, for a window is a lane.
+
+        An image takes some hundred bytes then, its uri nearly all of them, and several times that as objects of Python.
+        """
+        shards = list(_by_shard(window))
+        listed = pa.concat_tables(self._listed(shard_id, window.rows[places]) for shard_id, places in shards)
+        listed = listed.take(np.argsort(np.concatenate([places for _, places in shards])))
+        return (
+            _Item(ref, label, None)
+            for rows in listed.to_batches(_LISTED_ROWS)
+            for ref, label in zip(image_refs(rows), rows["label"].to_pylist(), strict=True)
+        )
+
+    def _listed(self, shard_id: int, rows: npt.NDArray[np.int64]) -> pa.Table:
+        images = self.images.manifest.images(self.images.shards[shard_id]).select(_LISTED_SCHEMA.names)
+        return images.take(rows).cast(_LISTED_SCHEMA)
 
     def _decoded_ahead(
         self, items: Iterator["_Item"], sizes_and_draws: Iterable[tuple[int, Draws]]
@@ -179,7 +191,7 @@ class TrainLoader:
     def _batches(
         self, decoded: Iterator["_Decoded"], parts: "_Parts", size_at: Callable[[int], int]
     ) -> Iterator[TrainBatch]:
-        for step in parts.range:
+        for step in parts.steps:
             part = [next(decoded) for _ in parts.positions(step)]
             size = size_at(step)
             black = torch.zeros(3, size, size, dtype=torch.uint8)
@@ -213,36 +225,68 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A rank's part of each step from `first_step` on."""
+    """A rank's part of each of these steps of a run."""
 
-    order: EpochOrder
-    steps: Steps
-    first_step: int
+    loader: TrainLoader
+    steps: range
     rank: int
     world_size: int
-    num_draws: int
 
     @property
-    def range(self) -> Sequence[int]:
-        return range(self.first_step, self.steps.num_steps)
+    def lanes(self) -> range:
+        """Those of the rank, if it does a step at all."""
+        return range(self.rank, self.loader.num_lanes if self.steps else 0, self.world_size)
+
+    def windows(self, lane: int) -> Iterator[Window]:
+        """The windows of a lane from its first image in these steps to the end of the last one's epoch."""
+        start, _ = self.loader.steps.bounds(self.steps[0])
+        first = -(-(start - lane) // self.loader.num_lanes)
+        for epoch in range(self._epoch(self.steps[0]), self._epoch(self.steps[-1]) + 1):
+            yield from self.order(epoch).windows(lane, first)
+            first = 0
 
     def num_global(self, step: int) -> int:
-        start, end = self.steps.bounds(step)
+        start, end = self.loader.steps.bounds(step)
         return end - start
 
     def positions(self, step: int) -> list[int]:
-        positions: list[int] = self.steps.share(step, self.rank, self.world_size).tolist()
+        """In the step's epoch."""
+        positions: list[int] = self.loader.steps.share(step, self.rank, self.world_size).tolist()
         return positions
 
     def draws(self, step: int) -> Draws:
-        start, end = self.steps.bounds(step)
-        share = self.steps.share(step, self.rank, self.world_size) - start
-        return self.order.draws(step, end - start, self.num_draws)[share]
+        start, end = self.loader.steps.bounds(step)
+        share = self.loader.steps.share(step, self.rank, self.world_size) - start
+        in_epoch = step % self.loader.steps.per_epoch
+        order = self.order(self._epoch(step))
+        return order.draws(in_epoch, end - start, self.loader.num_draws)[share]
 
     def sizes_and_draws(self, size_at: Callable[[int], int]) -> Iterator[tuple[int, Draws]]:
-        for step in self.range:
+        for step in self.steps:
             size = size_at(step)
             yield from ((size, draws) for draws in self.draws(step))
+
+    @cached_property
+    def order(self) -> Callable[[int], EpochOrder]:
+        """That of an epoch, kept for its lanes and for those that are in the next one already."""
+        return lru_cache(maxsize=2)(self.loader.order)
+
+    def _epoch(self, step: int) -> int:
+        return step // self.loader.steps.per_epoch
+
+
+def _by_shard(window: Window) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Each shard of a window, and the places of its images in it."""
+    places = np.argsort(window.shard_ids, kind="stable")
+    shard_ids, starts = np.unique(window.shard_ids[places], return_index=True)
+    return zip(shard_ids.tolist(), np.split(places, starts[1:]), strict=True)
+
+
+def _popped(items: "list[_Item | None]") -> Iterator[_Item]:
+    while items:
+        item = items.pop()
+        assert item is not None
+        yield item
 
 
 def pinned(batch: TrainBatch) -> TrainBatch:
@@ -290,26 +334,32 @@ class CachedLoader:
         return self._loader.errors
 
     def batches(
-        self, epoch: int, first_step: int, *, rank: int, world_size: int, size_at: Callable[[int], int]
+        self, steps: range, *, rank: int, world_size: int, size_at: Callable[[int], int]
     ) -> Iterator[TrainBatch]:
-        """This rank's part of every step of an epoch from `first_step` on."""
+        """This rank's part of each of these steps of a run."""
+        parts = _Parts(self._loader, steps, rank, world_size)
+        for epoch, of_epoch in itertools.groupby(steps, lambda step: step // self.steps.per_epoch):
+            lanes = self._places(epoch)
+            yield from (self._batch(parts, step, lanes, size_at(step)) for step in of_epoch)
+
+    def _places(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Of each lane's images, in their order."""
         order = replace(self._loader.order(epoch), shuffle_window=None)  # all of it is in memory
         starts = np.cumsum(order.shard_sizes) - order.shard_sizes
-        lanes = [
-            np.concatenate([starts[window.shard_ids] + window.rows for window, _ in order.windows(lane)])
-            for lane in range(order.num_lanes)
-        ]
-        parts = _Parts(order, self.steps, first_step, rank, world_size, self._loader.num_draws)
-        for step in parts.range:
-            places = [lanes[p % order.num_lanes][p // order.num_lanes] for p in parts.positions(step)]
-            chosen = to_device(torch.tensor(places, dtype=torch.int64), self._pixels.device)
-            draws = torch.from_numpy(parts.draws(step))
-            yield TrainBatch(
-                step,
-                parts.num_global(step),
-                [self._uris[place] for place in places],
-                self._crop(self._pixels[chosen], size_at(step), draws),
-                self._labels[chosen],
-                self._weights[chosen],
-                draws,
-            )
+        lanes = (order.windows(lane) for lane in range(order.num_lanes))
+        return [np.concatenate([starts[window.shard_ids] + window.rows for window in windows]) for windows in lanes]
+
+    def _batch(self, parts: _Parts, step: int, lanes: list[npt.NDArray[np.int64]], size: int) -> TrainBatch:
+        num_lanes = len(lanes)
+        places = [lanes[p % num_lanes][p // num_lanes] for p in parts.positions(step)]
+        chosen = to_device(torch.tensor(places, dtype=torch.int64), self._pixels.device)
+        draws = torch.from_numpy(parts.draws(step))
+        return TrainBatch(
+            step,
+            parts.num_global(step),
+            [self._uris[place] for place in places],
+            self._crop(self._pixels[chosen], size, draws),
+            self._labels[chosen],
+            self._weights[chosen],
+            draws,
+        )

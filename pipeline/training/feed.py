@@ -45,7 +45,7 @@ class Feed:
 
     def batches(self, step: int) -> Iterator[TrainBatch]:
         """Those from a step of the run on, made ahead of the reader. Raises as `batches_of`."""
-        while True:
+        while step < self._run.num_steps:
             caution = self.caution
             ahead = batches_of(self._run, self._worker, self._loader, step)
             with closing(storage.run_ahead(ahead, self._run.config.data.prefetch_batches)) as batches:
@@ -54,11 +54,10 @@ class Feed:
                     step += 1
                     if self.caution is not caution and isinstance(self._loader, TrainLoader):
                         break
-            if step == self._run.num_steps:
-                return
-            found = {uri: error for uri, error in self._loader.errors.items() if is_deadly(error)}
-            self.caution = Caution(known={**self.caution.known, **found})
-            self._loader = make_loader(self._run, self._worker, self._train_set, self.caution)
+            if step < self._run.num_steps:
+                found = {uri: error for uri, error in self._loader.errors.items() if is_deadly(error)}
+                self.caution = Caution(known={**self.caution.known, **found})
+                self._loader = make_loader(self._run, self._worker, self._train_set, self.caution)
 
 
 def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, caution: Caution = NO_CAUTION) -> Loader:
@@ -90,14 +89,15 @@ def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> I
 
     Raises ConfigError where the decoding processes asked for lack the shared memory to hand them over.
     """
-    rank, world_size = worker.rank, worker.world_size
+    steps, size_at = range(step, run.num_steps), partial(_size_at, run)
     if isinstance(loader, CachedLoader) or (num_processes := _num_processes(run, worker, loader)) == 1:
-        return _in_order(run, step, loader, rank, world_size)
+        return loader.batches(steps, rank=worker.rank, world_size=worker.world_size, size_at=size_at)
     return decoded_by_processes(
         loader,
-        partial(_in_order, run, step),
-        rank=rank,
-        world_size=world_size,
+        steps,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        size_at=size_at,
         num_processes=num_processes,
         num_ahead=run.config.data.prefetch_batches,
     )
@@ -132,16 +132,5 @@ def _lack_of_shared_memory(run: TrainingRun, worker: Worker, num_processes: int)
     )
 
 
-def _in_order(run: TrainingRun, step: int, loader: Loader, rank: int, world_size: int) -> Iterator[TrainBatch]:
-    while step < run.num_steps:
-        epoch, first = divmod(step, run.steps_per_epoch)
-        size_at = partial(_size_at, run, epoch)
-        for batch in loader.batches(epoch, first, rank=rank, world_size=world_size, size_at=size_at):
-            yield batch
-            step += 1
-            if step == run.num_steps:
-                return
-
-
-def _size_at(run: TrainingRun, epoch: int, step: int) -> int:
-    return augment.size_at(run.config.augment, (epoch * run.steps_per_epoch + step) / run.num_steps)
+def _size_at(run: TrainingRun, step: int) -> int:
+    return augment.size_at(run.config.augment, step / run.num_steps)

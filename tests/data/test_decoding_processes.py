@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -30,53 +31,63 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def two_epochs(loader: TrainLoader, rank: int, world_size: int) -> Iterator[TrainBatch]:
-    for epoch in range(2):
-        yield from loader.batches(epoch, 2 - epoch, rank=rank, world_size=world_size, size_at=lambda _: SIZE)
+STEPS = range(2, 9)  # of two epochs
 
 
-def two_batches_and_an_outage(loader: TrainLoader, rank: int, world_size: int) -> Iterator[TrainBatch]:
-    yield from list(two_epochs(loader, rank, world_size))[:2]
-    raise StorageError("the store is down")
+def size_at(step: int) -> int:
+    return SIZE + step
+
+
+def decoded_here(loader: TrainLoader, rank: int = 0, world_size: int = 1) -> list[TrainBatch]:
+    return list(loader.batches(STEPS, rank=rank, world_size=world_size, size_at=size_at))
+
+
+def decoded_by_two(loader: TrainLoader, num_ahead: int = 2, **place: int) -> Iterator[TrainBatch]:
+    place = {"rank": 0, "world_size": 1, **place}
+    return decoded_by_processes(loader, STEPS, size_at=size_at, num_processes=2, num_ahead=num_ahead, **place)
+
+
+class TwoBatchesAndAnOutage(TrainLoader):
+    def batches(self, steps: range, **place) -> Iterator[TrainBatch]:
+        yield from islice(super().batches(steps, **place), 2)
+        raise StorageError("the store is down")
 
 
 @pytest.mark.parametrize(("kind", "rank", "world_size", "isolated"), [("packed", 0, 1, False), ("train", 1, 2, True)])
 def test_batches_are_those_that_the_worker_would_decode_itself(root, kind, rank, world_size, isolated):
     loader = make_loader(root / kind, caution=Caution(isolated=isolated))
-    expected = list(two_epochs(make_loader(root / kind), rank, world_size))
-    decoded = decoded_by_processes(loader, two_epochs, rank=rank, world_size=world_size, num_processes=2, num_ahead=2)
-    assert_same(list(decoded), expected)
+    expected = decoded_here(make_loader(root / kind), rank, world_size)
+    assert_same(list(decoded_by_two(loader, rank=rank, world_size=world_size)), expected)
 
 
 def test_what_a_process_is_told_does_not_hold_up_the_start_of_the_next(root):
     loader = make_loader(root / "packed")
     large = replace(loader, images=replace(loader.images, labels=[np.arange(100_000)]))
-    assert len(ForkingPickler.dumps(_Parts(large, two_epochs, 0, 1))) < 1 << 14  # a pipe takes 64 KB
+    assert len(ForkingPickler.dumps(_Parts(large, STEPS, 0, 1, size_at))) < 1 << 14  # a pipe takes 64 KB
 
 
 def test_images_that_fail_in_a_process_are_the_loaders_errors(root):
     loader = make_loader(root / "train", limits=ReadLimits(allowed_roots=["s3://"]))
-    batches = list(decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1))
+    batches = list(decoded_by_two(loader))
     assert not any(batch.weights.any() for batch in batches)
     here = make_loader(root / "train", limits=ReadLimits(allowed_roots=["s3://"]))
-    list(two_epochs(here, 0, 1))
+    decoded_here(here)
     assert {error.error for error in loader.errors.values()} == {"not_allowed"}
     assert loader.errors.keys() == here.errors.keys()
 
 
 def test_what_ends_a_process_ends_the_batches_at_its_turn(root):
     loader = make_loader(root / "packed")
-    decoded = decoded_by_processes(
-        loader, two_batches_and_an_outage, rank=0, world_size=1, num_processes=2, num_ahead=2
-    )
-    assert_same([next(decoded), next(decoded)], list(two_epochs(loader, 0, 1))[:2])
+    failing = TwoBatchesAndAnOutage(**{field.name: getattr(loader, field.name) for field in fields(loader)})
+    decoded = decoded_by_two(failing)
+    assert_same([next(decoded), next(decoded)], decoded_here(loader)[:2])
     with pytest.raises(StorageError, match="the store is down"):
         next(decoded)
 
 
 def test_a_process_that_is_killed_is_noticed_and_none_outlives_the_batches(root):
     loader = make_loader(root / "packed")
-    decoded = decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1)
+    decoded = decoded_by_two(loader, num_ahead=1)
     next(decoded)
     started = multiprocessing.active_children()
     assert len(started) == 2
@@ -98,10 +109,9 @@ def test_none_outlives_a_worker_that_is_killed(root):
     code = (
         "import multiprocessing, sys, time\n"
         "from pathlib import Path\n"
-        "from tests.data.test_decoding_processes import decoded_by_processes, make_loader, two_epochs\n"
+        "from tests.data.test_decoding_processes import decoded_by_two, make_loader\n"
         "if __name__ == '__main__':\n"
-        "    loader = make_loader(Path(sys.argv[1]))\n"
-        "    batches = decoded_by_processes(loader, two_epochs, rank=0, world_size=1, num_processes=2, num_ahead=1)\n"
+        "    batches = decoded_by_two(make_loader(Path(sys.argv[1])), num_ahead=1)\n"
         "    next(batches)\n"
         "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
         "    time.sleep(600)\n"

@@ -24,8 +24,8 @@ def orders(draw) -> EpochOrder:
 def lane_images(order: EpochOrder, lane: int, first: int = 0) -> list[Image]:
     return [
         image
-        for window, skip in order.windows(lane, first)
-        for image in list(zip(window.shard_ids.tolist(), window.rows.tolist(), strict=True))[skip:]
+        for window in order.windows(lane, first)
+        for image in zip(window.shard_ids.tolist(), window.rows.tolist(), strict=True)
     ]
 
 
@@ -45,7 +45,7 @@ def test_ranks_together_have_every_position_of_every_step_once(order, batch_size
     steps = Steps(order.num_images, batch_size, order.num_lanes)
     seen = [
         position
-        for step in range(steps.num_steps)
+        for step in range(steps.per_epoch)
         for position in sorted(p for rank in range(world_size) for p in steps.share(step, rank, world_size))
     ]
     assert seen == list(range(order.num_images))
@@ -54,10 +54,19 @@ def test_ranks_together_have_every_position_of_every_step_once(order, batch_size
 @given(st.integers(1, 500), st.integers(1, 64))
 def test_steps_are_as_even_as_can_be_and_never_larger_than_the_batch(num_images, batch_size):
     steps = Steps(num_images, batch_size, 4)
-    sizes = [end - start for start, end in map(steps.bounds, range(steps.num_steps))]
+    sizes = [end - start for start, end in map(steps.bounds, range(steps.per_epoch))]
     assert sum(sizes) == num_images
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(0, 3), st.integers(1, 4))
+def test_every_epoch_is_cut_into_the_same_steps(num_images, batch_size, epoch, world_size):
+    steps = Steps(num_images, batch_size, 4)
+    for step in range(steps.per_epoch):
+        of_epoch = epoch * steps.per_epoch + step
+        assert steps.bounds(of_epoch) == steps.bounds(step)
+        np.testing.assert_array_equal(steps.share(of_epoch, 0, world_size), steps.share(step, 0, world_size))
 
 
 @given(orders(), st.data())
@@ -70,7 +79,7 @@ def test_a_lane_can_be_entered_at_any_image(order, data):
 @given(orders())
 def test_a_window_holds_whole_shards_but_for_those_a_lane_cuts(order):
     for lane in range(order.num_lanes):
-        windows = [window for window, _ in order.windows(lane)]
+        windows = list(order.windows(lane))
         for before, after in itertools.pairwise(windows):
             assert not set(before.shard_ids) & set(after.shard_ids)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,8 +75,9 @@ def read(
     num_steps: int | None = None,
     size_at: Callable[[int], int] = lambda step: SIZE,
 ) -> list[TrainBatch]:
-    batches = loader.batches(epoch, first, rank=rank, world_size=world_size, size_at=size_at)
-    return list(islice(batches, num_steps))
+    start = epoch * loader.steps.per_epoch + first
+    steps = range(start, (epoch + 1) * loader.steps.per_epoch if num_steps is None else start + num_steps)
+    return list(loader.batches(steps, rank=rank, world_size=world_size, size_at=size_at))
 
 
 def images_in(parts: list[TrainBatch]) -> dict[str, tuple]:
@@ -115,16 +116,11 @@ def runs(draw) -> tuple[dict[str, int], list[int], list[int]]:
 
 def uris_by_epoch(loader: Loader, bounds: list[int], world_sizes: list[int]) -> dict[int, list[str]]:
     """The uris that all ranks were given, where the steps between two bounds had one world size."""
-    per_epoch = loader.steps.num_steps
     seen: dict[int, list[str]] = defaultdict(list)
     for (start, end), world_size in zip(pairwise(bounds), world_sizes, strict=True):
-        while start < end:
-            epoch, first = divmod(start, per_epoch)
-            num_steps = min(end - start, per_epoch - first)
-            for rank in range(world_size):
-                parts = read(loader, epoch, first, rank=rank, world_size=world_size, num_steps=num_steps)
-                seen[epoch] += [uri for part in parts for uri in part.uris]
-            start += num_steps
+        for rank in range(world_size):
+            for part in read(loader, first=start, rank=rank, world_size=world_size, num_steps=end - start):
+                seen[part.step // loader.steps.per_epoch] += part.uris
     return seen
 
 
@@ -154,12 +150,14 @@ def test_a_step_has_the_same_images_whatever_the_number_of_ranks(root, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
-def test_an_epoch_entered_at_any_step_goes_on_as_if_read_from_its_start(root, kind, rank, world_size):
+def test_a_run_entered_at_any_step_goes_on_as_if_read_from_its_start(root, kind, rank, world_size):
     loader = loader_of(root, kind)
-    whole = read(loader, epoch=2, rank=rank, world_size=world_size)
-    assert [part.step for part in whole] == list(range(loader.steps.num_steps))
-    for first in range(loader.steps.num_steps + 1):
-        assert_same(read(loader, 2, first, rank=rank, world_size=world_size), whole[first:])
+    num_steps = 2 * loader.steps.per_epoch + 2
+    whole = read(loader, rank=rank, world_size=world_size, num_steps=num_steps)
+    assert [part.step for part in whole] == list(range(num_steps))
+    for first in range(num_steps + 1):
+        rest = read(loader, first=first, rank=rank, world_size=world_size, num_steps=num_steps - first)
+        assert_same(rest, whole[first:])
 
 
 def test_packed_images_are_the_loose_ones(root):
@@ -189,9 +187,9 @@ def test_labels_are_those_of_the_images(root):
 def test_a_rank_has_an_empty_part_where_a_step_has_fewer_images_than_ranks(root, kind):
     loader = loader_of(root, kind, batch_size=2)
     ranks = [read(loader, rank=rank, world_size=4) for rank in range(4)]
-    assert [len(parts) for parts in ranks] == [loader.steps.num_steps] * 4
+    assert [len(parts) for parts in ranks] == [loader.steps.per_epoch] * 4
     empty = [part for parts in ranks for part in parts if not part.uris]
-    assert len(empty) >= 2 * loader.steps.num_steps
+    assert len(empty) >= 2 * loader.steps.per_epoch
     for part in empty:
         assert part.pixels.shape == (0, 3, SIZE, SIZE)
         assert part.draws.shape == (0, NUM_DRAWS)
@@ -209,7 +207,7 @@ def test_the_size_is_that_of_the_step(root, kind):
 def test_a_cached_set_gives_the_batches_of_an_uncached_one(root, manifest):
     loader = make_loader(root / manifest, shuffle_window=None)
     for epoch, first, rank, world_size in [(0, 0, 0, 1), (1, 2, 1, 2), (2, 0, 3, 4)]:
-        place = {"rank": rank, "world_size": world_size, "size_at": lambda step: SIZE + step}
+        place = {"rank": rank, "world_size": world_size, "size_at": lambda step: SIZE + step % 3}
         assert_same(read(cached(loader), epoch, first, **place), read(loader, epoch, first, **place))
 
 
