@@ -17,7 +17,7 @@ from pydantic import Field
 
 from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, start_here
+from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, results_of, start_here
 from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of
@@ -132,11 +132,11 @@ def _measure(
     timed: dict[Stage, list[list[Timed]]] = {}
     try:
         with heard(witness, asked):
-            ray.get([process.__ray_ready__.remote() for process in processes])
+            results_of([process.__ray_ready__.remote() for process in processes])
             for stage in stages:
                 if stage == "predict":
-                    ray.get([process.warm_up.remote() for process in processes])
-                timed[stage] = [ray.get([getattr(process, stage).remote() for process in processes])]
+                    results_of([process.warm_up.remote() for process in processes])
+                timed[stage] = [results_of([getattr(process, stage).remote() for process in processes])]
     finally:
         for process in processes:
             ray.kill(process)

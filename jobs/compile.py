@@ -24,6 +24,7 @@ from pipeline.cluster import (
     default_batch_size,
     heard,
     in_words,
+    results_of,
     start_here,
 )
 from pipeline.config import ClusterConfig, JobConfig
@@ -81,7 +82,8 @@ def main(config: CompileConfig) -> dict[str, Any]:
         asked = {"compile": f"a task of {in_words(config.cpus_per_actor, int(device == 'cuda'))}"}
         try:
             with heard(witness, asked):
-                return dict(ray.get(ray.remote(compile_here).options(**options).remote(config, uri, device, witness)))
+                compiling = ray.remote(compile_here).options(**options).remote(config, uri, device, witness)
+                return dict(results_of([compiling])[0])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:

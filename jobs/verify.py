@@ -24,12 +24,16 @@ class VerifyConfig(JobConfig):
     """URI that the run was written to."""
     run_id: str | None = Field(None)
     """Name of the run; may be left out where there is only one."""
+    manifest: str | None = None
+    """URI of the run's manifest, where that is elsewhere now."""
 
 
 def main(config: VerifyConfig) -> dict[str, Any]:
     """Look at everything, name what is wrong. Raises ReconcileError where anything is."""
     output = storage.normalise(config.output)
     run = read_run(output, config.run_id or _only_run_id(output))
+    if config.manifest is not None:
+        run = run.model_copy(update={"manifest_uri": storage.normalise(config.manifest)})
     faults = list(find_faults(run))
     if faults:
         told = faults[:_MOST_FAULTS_TOLD]

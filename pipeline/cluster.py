@@ -282,6 +282,14 @@ def start_here(actor: type, **options: Any) -> Any:
     return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, **options).remote()
 
 
+def results_of(refs: Sequence[Any]) -> list[Any]:
+    """What remote calls return, in their order, or what the first of them raises that did.
+
+    As `ray.get`, which hears no signal until it has them all and then loses what the handler raised (Ray 2.60).
+    """
+    return [future.result() for future in [ref.future() for ref in refs]]
+
+
 @contextlib.contextmanager
 def heard(witness: Any, asked: Mapping[str, str]) -> Iterator[None]:
     """While the block lasts, say what workers warn of, and once, where the cluster has not begun in time what was

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from pipeline import cluster
-from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, start_here
+from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, results_of, start_here
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError, RunError
 
@@ -147,6 +147,43 @@ def test_what_workers_warn_of_is_said_once_by_the_driver(local_ray: None, caplog
     with heard(witness, {"tasks": "a task of 1 CPU"}):
         ray.get([task.remote(witness) for _ in range(2)])
     assert [record.getMessage() for record in caplog.records if record.name == "pipeline.cluster"] == ["of 16 bits"]
+
+
+@pytest.mark.ray
+def test_results_come_in_order_and_with_them_what_a_call_raises(local_ray: None) -> None:
+    @ray.remote(num_cpus=0)
+    def inverse(number: int) -> float:
+        return 1 / number
+
+    assert results_of([inverse.remote(number) for number in (4, 1, 2)]) == [0.25, 1, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        results_of([inverse.remote(1), inverse.remote(0)])
+
+
+@pytest.mark.ray
+def test_a_signal_is_heard_while_results_are_waited_for(local_ray: None) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    @ray.remote(num_cpus=0)
+    def work() -> None:
+        time.sleep(30)
+
+    waited_for = work.remote()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    start = time.monotonic()
+    try:
+        with pytest.raises(Stop):
+            results_of([waited_for])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        ray.cancel(waited_for, force=True)
+    assert time.monotonic() - start < 20
 
 
 def test_a_block_that_ends_in_time_does_not_ask_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ import ray.data
 from ray.data.block import BlockAccessor
 
 from pipeline import errors
-from pipeline.cluster import Node, heard, in_words, start_here
+from pipeline.cluster import Node, heard, in_words, results_of, start_here
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
@@ -187,7 +187,7 @@ def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
     try:
         size = in_words(layout.cpus_per_actor, layout.gpus_per_actor)
         with heard(attempts, {"compile": f"a task of {size}"}):
-            ray.get(compiling.remote(plan.run, plan.manifest, attempts))
+            results_of([compiling.remote(plan.run, plan.manifest, attempts)])
     except ray.exceptions.RayError as error:
         raise _failure(error) from error
 

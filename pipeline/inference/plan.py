@@ -123,7 +123,7 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     Raises ConfigError where the run exists with another config, naming the fields.
     """
     run = _describe_run(config, manifest, models, layout)
-    earlier = _read_run(run.uri)
+    earlier = _read_run(run.output_uri, run.run_id)
     if earlier is None:
         return Plan(run, manifest, committed=set())
     kept: dict[str, Any] = {"num_threads": earlier.num_threads} if run.device == "cpu" else {}
@@ -143,7 +143,7 @@ def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model
 
     Raises ConfigError as `make_plan` does.
     """
-    earlier = _read_run(run_uri(storage.normalise(config.output), _run_id(config, manifest, models)))
+    earlier = _read_run(storage.normalise(config.output), _run_id(config, manifest, models))
     if earlier is None or not storage.exists(earlier.summary_uri):
         return None
     device = earlier.device if config.compute.device == "auto" else config.compute.device
@@ -155,19 +155,19 @@ def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model
 
 def record_run(plan: Plan, config: PredictConfig) -> None:
     """Write the run's `config.yaml` and `plan.json`, unless an attempt before did. Raises ConfigError, StorageError."""
-    if _read_run(plan.run.uri) is None:
+    if _read_run(plan.run.output_uri, plan.run.run_id) is None:
         storage.write(storage.join(plan.run.uri, "config.yaml"), config.to_yaml().encode())
     try:
         storage.write(_plan_uri(plan.run.uri), plan.run.model_dump_json(indent=1).encode(), if_absent=True)
     except ObjectExistsError:
-        earlier = _read_run(plan.run.uri)
+        earlier = _read_run(plan.run.output_uri, plan.run.run_id)
         assert earlier is not None
         _refuse_change(earlier, plan.run)
 
 
 def read_run(output_uri: str, run_id: str) -> Run:
     """The run as recorded. Raises ConfigError where there is none, naming the runs there are."""
-    run = _read_run(run_uri(output_uri, run_id))
+    run = _read_run(output_uri, run_id)
     if run is None:
         known = list_run_ids(output_uri)
         raise ConfigError(f"expected run {run_id!r} under {output_uri!r}, found {', '.join(known) or 'no run at all'}")
@@ -248,13 +248,16 @@ def _resolve_model(reference: str, registry_uri: str | None) -> Model:
     )
 
 
-def _read_run(uri: str) -> Run | None:
+def _read_run(output_uri: str, run_id: str) -> Run | None:
+    """The run as recorded, where it is now: it may have been copied or moved since."""
+    uri = _plan_uri(run_uri(output_uri, run_id))
     try:
-        return Run.model_validate_json(storage.read(_plan_uri(uri)))
+        run = Run.model_validate_json(storage.read(uri))
     except ObjectNotFoundError:
         return None
     except ValidationError as error:
-        raise ConfigError(f"{_plan_uri(uri)}: not a plan of this version:\n{describe(error)}") from error
+        raise ConfigError(f"{uri}: not a plan of this version:\n{describe(error)}") from error
+    return run.model_copy(update={"output_uri": output_uri})
 
 
 def _refuse_change(earlier: Run, now: Run) -> None:

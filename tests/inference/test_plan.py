@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,14 @@ def test_a_run_may_go_on_with_moved_bundles_and_fetch_harder(world, tmp_path):
     make_bundle(tmp_path)
     plan = plan_of(world, run_id="moved", registry=str(tmp_path), images={"fetch_concurrency": 4})
     assert plan.run.images.fetch_concurrency == 4
+
+
+def test_a_run_may_go_on_where_its_output_was_moved(world, tmp_path):
+    run = record(world, run_id="moved-tables")
+    moved = shutil.copytree(run.output_uri.removeprefix("file://"), tmp_path / "tables")
+    plan = plan_of(world, run_id="moved-tables", output=str(moved))
+    assert plan.run.output_uri == f"file://{moved}"
+    assert read_run(f"file://{moved}", "moved-tables") == plan.run
 
 
 def test_tables_are_a_set_whatever_the_order_they_are_named_in(world):

@@ -59,6 +59,18 @@ def test_a_whole_run_has_no_faults(tables):
     assert faults_of(tables) == []
 
 
+def test_a_copy_of_a_run_is_judged_by_what_was_copied(tables, tmp_path):
+    copy = shutil.copytree(tables, tmp_path / "copy")
+    assert faults_of(copy) == []
+    (copy / "_runs/r/commits/00000001.json").unlink()
+    (copy / "predictions/run_id=r/00000002.parquet").unlink()
+    assert faults_of(tables) == []
+    assert [fault.partition(":")[0] for fault in faults_of(copy)] == [
+        "shard 1",
+        "predictions/run_id=r/00000002.parquet",
+    ]
+
+
 def test_a_missing_commit_is_named(tables):
     (tables / "_runs/r/commits/00000002.json").unlink()
     assert faults_of(tables) == ["shard 2: no commit; run the same command again"]
