@@ -31,7 +31,7 @@ from pipeline.data.pack import Reencode, converting, encode, pack_images
 from pipeline.data.packed import PackedSource
 from pipeline.data.shuffle import ShuffledSource
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError, ReconcileError
-from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
+from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts, refusing_unshared
 from pipeline.inference.config import ImagesConfig
 from pipeline.inference.reconcile import Totals, reconcile
 from pipeline.tables import writing
@@ -196,7 +196,7 @@ def _pack_and_commit(
         )
         return commit_receipts(
             records,
-            receipts_of(dataset, attempts, {"pack": "tasks of 1 CPU each"}),
+            refusing_unshared(receipts_of(dataset, attempts, {"pack": "tasks of 1 CPU each"}), work.output_uri),
             num_images=ordered.num_images,
             num_done=ordered.num_images - sum(shard.num_images for shard in pending),
             progress_interval_s=config.progress_interval_s,

@@ -5,7 +5,9 @@ A worker writes a shard's table files and returns a `Receipt`; the driver commit
 """
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +70,30 @@ def commit(run: str, receipt: Receipt) -> None:
             f"shard {receipt.shard_id} was also written, with other bytes, by another driver of this run; "
             "stop the other, then run again"
         ) from error
+
+
+def uncommit(run: str, shard_ids: Iterable[int]) -> None:
+    """Make shards count no more, so that they are done again."""
+    deque(storage.map_concurrently(lambda shard_id: storage.delete(_commit_uri(run, shard_id)), shard_ids), maxlen=0)
+
+
+def refusing_unshared(receipts: Generator[Receipt, None, None], output_uri: str) -> Generator[Receipt, None, None]:
+    """`receipts` as they come. Raises RunError at the first of a node whose files cannot be seen from here."""
+    seen: set[str] = set()
+    with closing(receipts):
+        for receipt in receipts:
+            if receipt.node not in seen and (lost := _first_missing(output_uri, receipt)):
+                raise RunError(
+                    f"expected {lost!r}, which a node has written, found none: the output is a folder that not all "
+                    "nodes share. Use one that they do, or an object store; nothing of that node was committed"
+                )
+            seen.add(receipt.node)
+            yield receipt
+
+
+def _first_missing(output_uri: str, receipt: Receipt) -> str | None:
+    uris = (storage.join(output_uri, file.path) for file in receipt.files)
+    return next((uri for uri in uris if not storage.exists(uri)), None)
 
 
 def committed_shard_ids(run: str) -> set[int]:

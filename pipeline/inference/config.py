@@ -1,7 +1,7 @@
 """What a predict run is told: which images, bundles and tables, where the work runs, what it costs."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
@@ -160,8 +160,11 @@ class PredictConfig(JobConfig):
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
     max_error_rate: float = Field(1.0, ge=0, le=1)
-    """Share of the images that may be rows of `errors` and of no other table; with more the run ends as a failure, its
-    tables whole as they are, so that nobody goes on with next to nothing."""
+    """Share of the images that may be rows of `errors` and of no other table; with more the run fails, as soon as that
+    is certain, so that nobody goes on with next to nothing. What is done stays: a larger share goes on from there."""
+    retry_errors: list[Annotated[str, Field(pattern=r"^(fetch|decode|preprocess|predict|encode)/\w+$")]] = Field([])
+    """Kinds of errors, as `fetch/storage_error`: shards with rows of these are done again, which replaces all their
+    rows. For what has been mended since, a store's failures above all; a run does so each time that it is told."""
     compute: ComputeConfig = ComputeConfig()
     """Where the work runs."""
     dry_run: bool = False

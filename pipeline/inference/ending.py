@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Container, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import ObjectNotFoundError, RunError
+from pipeline.errors import ObjectNotFoundError, PipelineError, RunError, StorageError
 from pipeline.inference import networks
-from pipeline.inference.commit import committed_shard_ids, read_receipts
+from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import sweep_trials
 from pipeline.inference.plan import Plan, Run
@@ -28,6 +30,38 @@ def describe(plan: Plan) -> Summary:
         "num_pending": plan.num_pending,
         "batch_size": plan.run.batch_size,
     }
+
+
+@contextmanager
+def recording_failure(plan: Plan) -> Iterator[None]:
+    """What ends the block by raising a PipelineError is told in `summary.json` too, where that can be written."""
+    try:
+        yield
+    except PipelineError as error:
+        with suppress(StorageError):
+            _record(plan, {"status": "failed", **describe(plan)}, error)
+        raise
+
+
+def until_too_many_errors(
+    receipts: Generator[Receipt, None, None], config: PredictConfig, *, num_images: int, num_left: int
+) -> Generator[Receipt, None, None]:
+    """The receipts of the `num_left` images that are still to do, as they come.
+
+    Raises RunError once they have more errors than the config allows of all `num_images`, and more are still to come.
+    """
+    num_done, num_errors = 0, 0
+    with closing(receipts):
+        for receipt in receipts:
+            num_done += receipt.num_images
+            num_errors += receipt.num_errors
+            yield receipt
+            if num_errors > config.max_error_rate * num_images and num_done < num_left:
+                raise RunError(
+                    f"expected at most {config.max_error_rate:.2%} of {num_images} images to be without a result "
+                    f"(max_error_rate), {num_errors} of the first {num_done} are; the errors table says why. Raise it "
+                    "to go on from here"
+                )
 
 
 def prove(run: Run) -> Totals:
@@ -58,7 +92,7 @@ def conclude(plan: Plan, config: PredictConfig, totals: Totals, of_attempt: Summ
         failure = RunError(
             f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "
             f"(max_error_rate), {totals.num_errors} are; the errors table says why",
-            **{name: value for name, value in summary.items() if name != "status"},
+            **_without(summary, ["status"]),
         )
     _record(plan, summary, failure)
     sweep_trials(plan)
@@ -75,7 +109,8 @@ def report_finished(plan: Plan, config: PredictConfig) -> Summary:
     start = time.monotonic()
     if config.dry_run or config.plan:
         return {"status": "dry run" if config.dry_run else "was done", **describe(plan)}
-    totals = prove(plan.run)
+    with recording_failure(plan):
+        totals = prove(plan.run)
     of_attempt = {
         "images_per_s": 0.0,  # of this attempt
         "duration_s": round(time.monotonic() - start, 1),
@@ -84,7 +119,7 @@ def report_finished(plan: Plan, config: PredictConfig) -> Summary:
     return conclude(plan, config, totals, of_attempt)
 
 
-def _record(plan: Plan, summary: Summary, failure: RunError | None) -> None:
+def _record(plan: Plan, summary: Summary, failure: PipelineError | None) -> None:
     """Write `summary.json`, which says of the end what the job's own last line does.
 
     That of an attempt which did something says more than that of one which found all of it done, whose judgement alone
@@ -93,12 +128,16 @@ def _record(plan: Plan, summary: Summary, failure: RunError | None) -> None:
     earlier = None if plan.num_pending else _read(plan.run)
     if earlier is not None and earlier.get("message") == (None if failure is None else str(failure)):
         return
-    told = summary if earlier is None else {**earlier, "status": "done"}
-    kept = {name: value for name, value in told.items() if name not in ("status", "error", "message")}
+    told = summary if earlier is None else earlier | _without(summary, earlier) | {"status": "done"}
+    kept = _without(told, ("status", "error", "message"))
     judged = {"status": told["status"]}
     if failure is not None:
         judged = {"status": "failed", "error": type(failure).__name__, "message": str(failure)}
     storage.write(plan.run.summary_uri, json.dumps({**judged, **kept}, indent=1).encode())
+
+
+def _without(summary: Summary, names: Container[str]) -> Summary:
+    return {name: value for name, value in summary.items() if name not in names}
 
 
 def _read(run: Run) -> Summary | None:

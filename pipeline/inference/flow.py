@@ -35,9 +35,9 @@ from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
 from pipeline.inference.attempts import MAX_DEATHS, ShardAttempts
 from pipeline.inference.bound import Observed
-from pipeline.inference.commit import Receipt, commit
+from pipeline.inference.commit import Receipt, commit, refusing_unshared
 from pipeline.inference.config import PredictConfig
-from pipeline.inference.ending import Summary, conclude, describe, prove
+from pipeline.inference.ending import Summary, conclude, describe, prove, recording_failure, until_too_many_errors
 from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Form, Layout, choose_layout
 from pipeline.inference.plan import Model, Plan, make_plan, record_run
@@ -76,14 +76,17 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         return {"status": "estimated" if estimate else "was done", **described, **estimate}
     record_run(plan, config)
     observed = Observed()
-    images_per_s = commit_receipts(
-        plan.run.uri,
-        observed.noting(run_shards(plan, layout)),
-        num_images=manifest.num_images,
-        num_done=manifest.num_images - sum(shard.num_images for shard in plan.pending_shards()),
-        progress_interval_s=config.progress_interval_s,
-    )
-    totals = prove(plan.run)
+    num_images, num_left = manifest.num_images, sum(shard.num_images for shard in plan.pending_shards())
+    receipts = observed.noting(refusing_unshared(run_shards(plan, layout), plan.run.output_uri))
+    with recording_failure(plan):
+        images_per_s = commit_receipts(
+            plan.run.uri,
+            until_too_many_errors(receipts, config, num_images=num_images, num_left=num_left),
+            num_images=num_images,
+            num_done=num_images - num_left,
+            progress_interval_s=config.progress_interval_s,
+        )
+        totals = prove(plan.run)
     duration_s = time.monotonic() - start
     of_attempt = {
         "layout": asdict(layout),

@@ -2,24 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import storage
 from pipeline.cluster import Device, default_batch_size
 from pipeline.config import describe, refuse_change
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
-from pipeline.inference.commit import committed_shard_ids, run_uri
+from pipeline.inference.commit import committed_shard_ids, read_receipts, run_uri, uncommit
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.layout import Layout
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision
 from pipeline.tables.schemas import TableName
+
+logger = logging.getLogger(__name__)
 
 _COMPILED_FROM_IMAGES = 5_000  # compiling takes half a minute, which as many are classified faster by
 
@@ -59,6 +63,8 @@ class Run(BaseModel):
     batch_size: int
     num_threads: int
     """Of torch, per actor: on CPUs sums are ordered by it, so it decides the last bits and stays for the whole run."""
+    software: dict[str, str] = Field(default_factory=dict)
+    """Versions of what computes its tables, where it began; none in the plans of earlier versions."""
 
     @property
     def uri(self) -> str:
@@ -67,7 +73,7 @@ class Run(BaseModel):
 
     @property
     def summary_uri(self) -> str:
-        """Where it is told how it ended; nothing is there until it has."""
+        """Where it is told how its last attempt ended; nothing is there while one is at work, or was killed."""
         return storage.join(self.uri, "summary.json")
 
     @property
@@ -90,11 +96,12 @@ class Run(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run and what of it is still to do."""
+    """A run and what of it is still to do; `retried` are the shards of that whose commits go first."""
 
     run: Run
     manifest: Manifest
     committed: set[int]
+    retried: frozenset[int] = frozenset()
 
     @property
     def num_pending(self) -> int:
@@ -120,13 +127,16 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     A run keeps how it computes, on CPUs also the number of torch threads it began with, whatever the cluster offers
     now, and, as far as the layout can, where it decodes.
 
-    Raises ConfigError where the run exists with another config, naming the fields.
+    Raises ConfigError where the run exists with another config, naming the fields, and ReconcileError where a commit is
+    damaged that may be one of `retry_errors`.
     """
     run = _describe_run(config, manifest, models, layout)
     earlier = _read_run(run.output_uri, run.run_id)
     if earlier is None:
         return Plan(run, manifest, committed=set())
-    kept: dict[str, Any] = {"num_threads": earlier.num_threads} if run.device == "cpu" else {}
+    kept: dict[str, Any] = {"software": earlier.software}
+    if run.device == "cpu":
+        kept["num_threads"] = earlier.num_threads
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
     if config.compute.compile == config.compute.precision == "auto":
@@ -135,7 +145,9 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
         kept["decode"] = earlier.decode
     run = run.model_copy(update=kept)
     _refuse_change(earlier, run)
-    return Plan(run, manifest, committed_shard_ids(run.uri))
+    committed = committed_shard_ids(run.uri)
+    retried = _with_errors(run.uri, committed, config.retry_errors)
+    return Plan(run, manifest, committed - retried, retried)
 
 
 def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]) -> Plan | None:
@@ -154,7 +166,10 @@ def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model
 
 
 def record_run(plan: Plan, config: PredictConfig) -> None:
-    """Write the run's `config.yaml` and `plan.json`, unless an attempt before did. Raises ConfigError, StorageError."""
+    """Write the run's `config.yaml` and `plan.json`, unless an attempt before did; from now on it has not ended.
+
+    The commits of what is tried again go. Raises ConfigError, StorageError.
+    """
     if _read_run(plan.run.output_uri, plan.run.run_id) is None:
         storage.write(storage.join(plan.run.uri, "config.yaml"), config.to_yaml().encode())
     try:
@@ -163,6 +178,10 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
         earlier = _read_run(plan.run.output_uri, plan.run.run_id)
         assert earlier is not None
         _refuse_change(earlier, plan.run)
+    if plan.num_pending:
+        storage.delete(plan.run.summary_uri)
+        uncommit(plan.run.uri, plan.retried)
+        _warn_of_other_software(plan.run)
 
 
 def read_run(output_uri: str, run_id: str) -> Run:
@@ -214,7 +233,32 @@ def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model
         agreement=config.compute.agreement,
         batch_size=config.compute.batch_size or default_batch_size(layout.device),
         num_threads=max(1, layout.cpus_per_actor),
+        software=software(),
     )
+
+
+def software() -> dict[str, str]:
+    """Versions of what computes the tables, by package."""
+    packages = ("image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow")
+    return {package: version(package) for package in packages}
+
+
+def _warn_of_other_software(run: Run) -> None:
+    """Not refused: a run that takes weeks may have to go on in another image."""
+    began, now = run.software, software()
+    if began and (others := [name for name in now if now[name] != began.get(name)]):
+        logger.warning(
+            "run %s began with %s and goes on with %s: decoders and kernels of another version may give other pixels "
+            "and last bits. Each file's metadata tells its `software`; for tables of one kind set another run_id",
+            run.run_id,
+            *(", ".join(f"{name} {versions.get(name)}" for name in others) for versions in (began, now)),
+        )
+
+
+def _with_errors(uri: str, committed: set[int], kinds: Sequence[str]) -> frozenset[int]:
+    """The committed shards with errors of these kinds."""
+    receipts = read_receipts(uri, committed) if kinds else ()
+    return frozenset(receipt.shard_id for receipt in receipts if not receipt.errors.keys().isdisjoint(kinds))
 
 
 def _unlike_default(config: PredictConfig) -> list[Any]:
@@ -267,7 +311,7 @@ def _refuse_change(earlier: Run, now: Run) -> None:
 
 
 def _deciding_fields(run: Run) -> dict[str, Any]:
-    fields = run.model_dump(exclude={"manifest_uri"})
+    fields = run.model_dump(exclude={"manifest_uri", "software"})
     fields["models"] = [model.model_dump(exclude={"uri"}) for model in run.models]
     fields["images"] = run.images.deciding_fields()
     if run.device == "cuda":

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.errors import BundleError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
-from pipeline.inference.plan import Model, Run
+from pipeline.inference.plan import Model, Run, software
 from pipeline.inference.turns import Turns
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.compiler import Program, load
@@ -105,8 +104,7 @@ class Predictor:
     @cached_property
     def software(self) -> str:
         """Versions of what computes the tables, as JSON, for their lineage."""
-        packages = ("image-batch-pipeline", "torch", "torchvision", "pillow", "pyarrow")
-        versions = {package: version(package) for package in packages}
+        versions = software()
         if self.decoder is not None:
             import triton
 

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Generator
 
 import pytest
 from hypothesis import given
@@ -6,7 +7,15 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.errors import ReconcileError, RunError
-from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts, run_uri
+from pipeline.inference.commit import (
+    Receipt,
+    commit,
+    committed_shard_ids,
+    read_receipts,
+    refusing_unshared,
+    run_uri,
+    uncommit,
+)
 from pipeline.tables.writing import WrittenFile
 
 counts = st.integers(0, 10**6)
@@ -68,6 +77,32 @@ def test_a_shard_written_with_other_bytes_by_a_twin_counts_no_more(run):
     with pytest.raises(RunError, match="shard 1 was also written, with other bytes"):
         commit(run, receipt(1, files=files[1]))
     assert committed_shard_ids(run) == set()
+
+
+def test_a_shard_that_is_uncommitted_counts_no_more(run):
+    for shard_id in range(3):
+        commit(run, receipt(shard_id))
+    uncommit(run, {0, 2, 5})
+    assert committed_shard_ids(run) == {1}
+
+
+def test_files_that_only_their_node_sees_are_refused_before_they_are_committed(tmp_path):
+    closed: list[bool] = []
+
+    def receipts() -> Generator[Receipt, None, None]:
+        try:
+            for shard_id, node in enumerate(["here", "here", "there", "here"]):
+                yield receipt(shard_id, node=node, files=[WrittenFile(f"errors/{shard_id}", 2, 10, "abc")])
+        finally:
+            closed.append(True)
+
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors/0").touch()  # one a node is looked for
+    shared = refusing_unshared(receipts(), f"file://{tmp_path}")
+    assert [next(shared).shard_id, next(shared).shard_id] == [0, 1]
+    with pytest.raises(RunError, match=r"expected .*errors/2', which a node has written, found none: the output is"):
+        next(shared)
+    assert closed
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", json.dumps({"shard_id": 1}).encode()])

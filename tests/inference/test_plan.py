@@ -1,16 +1,23 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipeline import storage
+from pipeline.data.manifest import Manifest
 from pipeline.errors import BundleError, ConfigError, ManifestError
-from pipeline.inference.commit import Receipt, commit
+from pipeline.inference import plan as planning
+from pipeline.inference.commit import Receipt, commit, committed_shard_ids
+from pipeline.inference.ending import prove
 from pipeline.inference.plan import finished_plan, list_run_ids, make_plan, read_run, record_run, resolve_inputs
-from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of
+from pipeline.inference.reconcile import find_faults
+from tests.manifests import uris_of
+from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of, run_without_ray
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +164,43 @@ def test_a_run_may_go_on_where_its_output_was_moved(world, tmp_path):
     plan = plan_of(world, run_id="moved-tables", output=str(moved))
     assert plan.run.output_uri == f"file://{moved}"
     assert read_run(f"file://{moved}", "moved-tables") == plan.run
+
+
+def test_shards_with_errors_that_are_retried_are_done_again_and_no_others(tmp_path):
+    make_world(tmp_path, num_broken=1)
+    uris = [uri for uri in uris_of(Manifest.open(str(tmp_path / "manifest"))) if not uri.endswith(".txt")]
+    away = Path(uris[20].removeprefix("file://"))
+    kept = away.rename(tmp_path / "away")
+    run = run_without_ray(tmp_path, run_id="retry")
+    totals = prove(run)
+    assert (totals.num_errors, totals.errors["fetch/not_found"]) == (2, 1)
+
+    def pending(**fields) -> list[int]:
+        return [shard.shard_id for shard in plan_of(tmp_path, run_id="retry", **fields).pending_shards()]
+
+    assert (pending(), pending(retry_errors=["fetch/storage_error"])) == ([], [])
+    assert pending(retry_errors=["fetch/storage_error", "fetch/not_found"]) == [2]
+    assert committed_shard_ids(run.uri) == {0, 1, 2, 3}  # a plan changes nothing
+    kept.rename(away)
+    run_without_ray(tmp_path, run_id="retry", retry_errors=["fetch/not_found"])
+    assert prove(run).num_errors == 1
+    assert list(find_faults(run)) == []
+
+
+@pytest.mark.parametrize("kind", ["storage_error", "fetch/", "store/error", "fetch/Not found"])
+def test_what_is_no_kind_of_error_cannot_be_retried(world, kind):
+    with pytest.raises(ValidationError, match="retry_errors"):
+        config_of(world, retry_errors=[kind])
+
+
+def test_going_on_with_other_software_is_warned_of(world, monkeypatch, caplog):
+    began = record(world, run_id="upgraded")
+    record(world, run_id="upgraded")
+    assert not caplog.text
+    monkeypatch.setattr(planning, "version", lambda package: {"torch": "9.9"}.get(package, began.software[package]))
+    assert record(world, run_id="upgraded").software == began.software
+    told = f"run upgraded began with torch {began.software['torch']} and goes on with torch 9.9: decoders and kernels"
+    assert caplog.text.count(told) == 1
 
 
 def test_tables_are_a_set_whatever_the_order_they_are_named_in(world):

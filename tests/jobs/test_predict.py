@@ -48,7 +48,8 @@ def test_a_run_waits_for_its_cluster_and_a_dry_run_does_not_nor_one_that_is_fini
     recorded = json.loads(storage.read(run.summary_uri))
     assert (recorded["status"], recorded["message"]) == ("failed", str(failed.value))
     assert jobs.predict.main(config_of(tmp_path, **asked))["status"] == "was done"
-    assert json.loads(storage.read(run.summary_uri)) == {"status": "done"}
+    recorded = json.loads(storage.read(run.summary_uri))
+    assert (recorded["status"], recorded["num_predicted"], "message" in recorded) == ("done", 27, False)
     storage.delete(storage.join(run.uri, "commits", "00000003.json"))
     with pytest.raises(Waiting):
         jobs.predict.main(config_of(tmp_path, **asked))

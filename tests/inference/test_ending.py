@@ -1,0 +1,95 @@
+"""How a run ends, well or not, and what its summary says of it meanwhile."""
+
+import json
+from collections.abc import Generator, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import ReconcileError, RunError
+from pipeline.inference.commit import Receipt
+from pipeline.inference.ending import report_finished, until_too_many_errors
+from pipeline.inference.plan import finished_plan, record_run, resolve_inputs
+from tests.worlds import config_of, make_world, plan_of, run_without_ray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root: Path = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+def summary_of(world: Path, run_id: str) -> dict:
+    summary: dict = json.loads((world / "tables/_runs" / run_id / "summary.json").read_text())
+    return summary
+
+
+def end(world: Path, **fields) -> dict:
+    """What jobs.predict does of a run whose shards are all done."""
+    config = config_of(world, **fields)
+    plan = finished_plan(config, *resolve_inputs(config))
+    assert plan is not None
+    return report_finished(plan, config)
+
+
+def test_a_run_that_lost_a_file_since_it_ended_is_told_as_failed_until_it_is_whole_again(world):
+    run = run_without_ray(world, run_id="lost")
+    storage.write(run.summary_uri, json.dumps({"status": "done", "images_per_s": 7.0}).encode())
+    table = world / "tables/predictions/run_id=lost/00000001.parquet"
+    hidden = table.rename(world / "hidden.parquet")
+    with pytest.raises(ReconcileError) as caught:
+        end(world, run_id="lost")
+    told = summary_of(world, "lost")
+    assert (told["status"], told["error"], told["message"]) == ("failed", "ReconcileError", str(caught.value))
+    assert told["images_per_s"] == 7
+    hidden.rename(table)
+    assert end(world, run_id="lost")["status"] == "was done"
+    told = summary_of(world, "lost")
+    assert (told["status"], told["images_per_s"], told["num_predicted"]) == ("done", 7, 27)
+    assert not {"error", "message"} & told.keys()
+
+
+def test_a_run_that_is_at_work_again_has_no_summary(world):
+    run = run_without_ray(world, run_id="again")
+    storage.write(run.summary_uri, b"{}")
+    config = config_of(world, run_id="again")
+    record_run(plan_of(world, run_id="again"), config)
+    assert storage.exists(run.summary_uri)  # nothing was to do
+    storage.delete(storage.join(run.uri, "commits", "00000002.json"))
+    record_run(plan_of(world, run_id="again"), config)
+    assert not storage.exists(run.summary_uri)
+
+
+# --- too many errors --------------------------------------------------------------------------------------------------
+
+
+def receipts(closed: list[bool]) -> Generator[Receipt, None, None]:
+    """Ten shards of ten images, one of each an error."""
+    try:
+        for shard_id in range(10):
+            yield Receipt(shard_id, 10, 9, 1, {"decode/truncated": 1}, [], {})
+    finally:
+        closed.append(True)
+
+
+def watched(world: Path, closed: list[bool], max_error_rate: float, num_left: int = 100) -> Iterator[Receipt]:
+    config = config_of(world, max_error_rate=max_error_rate)
+    return until_too_many_errors(receipts(closed), config, num_images=100, num_left=num_left)
+
+
+def test_a_run_stops_as_soon_as_it_has_more_errors_than_all_of_it_may_have(world):
+    closed: list[bool] = []
+    watching = watched(world, closed, 0.03)
+    assert [receipt.shard_id for receipt in islice(watching, 4)] == [0, 1, 2, 3]
+    told = r"at most 3\.00% of 100 images .* \(max_error_rate\), 4 of the first 40 are; .* Raise it to go on from here"
+    with pytest.raises(RunError, match=told):
+        next(watching)
+    assert closed
+
+
+@pytest.mark.parametrize(("max_error_rate", "num_left"), [(0.1, 100), (1.0, 100), (0.099, 100)])
+def test_a_run_that_may_have_its_errors_or_is_through_with_all_is_not_stopped(world, max_error_rate, num_left):
+    assert len(list(watched(world, [], max_error_rate, num_left))) == 10
