@@ -22,7 +22,7 @@ from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
-from pipeline.inference.estimate import choose_sample, try_shards
+from pipeline.inference.estimate import choose_sample, shards_to_a_worker, try_shards
 from pipeline.inference.layout import STAGES, Layout, Stage, choose_layout
 from pipeline.inference.plan import Run, make_plan, resolve_inputs
 
@@ -71,8 +71,9 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
             layout = choose_layout(nodes, config.compute, manifest.num_shards)
             plan = make_plan(of_run, manifest, models, layout)
             workers = workers_of(layout, nodes)
-            rounds = math.ceil(config.num_images * manifest.num_shards / manifest.num_images / workers)
-            shards = choose_sample(plan, rounds * workers)
+            mean_images = manifest.num_images / manifest.num_shards
+            each = shards_to_a_worker(layout, math.ceil(config.num_images / workers), mean_images)
+            shards = choose_sample(plan, workers * each)
             measure = partial(measure_stages, plan.run, layout, nodes, shards)
             before = measure()
             trial = try_shards(plan, layout, shards, scratch_uri, run_shards, config.progress_interval_s)

@@ -126,6 +126,16 @@ class Observed:
     def num_shards(self) -> int:
         return len(self._images)
 
+    @property
+    def shard_s(self) -> float:
+        """Seconds that a shard took on its way, on average."""
+        return float(np.mean(self._ended) - np.mean(self._began))
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first shard's begin to the last one's end."""
+        return max(self._ended) - min(self._began)
+
     def working_s(self, num_workers: int) -> float:
         """Seconds from when the first `num_workers` shards were begun, on average, to when the last was done."""
         return max(self._ended) - float(np.mean(sorted(self._began)[:num_workers]))

@@ -91,15 +91,17 @@ def estimate_run(plan: Plan, layout: Layout, nodes: Sequence[Node], config: Pred
     """
     workers = min(workers_of(layout, nodes), plan.num_pending)  # more have nothing to do
     mean_images = sum(shard.num_images for shard in plan.pending_shards()) / plan.num_pending
-    shards = choose_sample(plan, workers * math.ceil(_SAMPLE_IMAGES / mean_images))
+    shards = choose_sample(plan, workers * shards_to_a_worker(layout, _SAMPLE_IMAGES, mean_images))
     scratch_uri = storage.join(plan.run.uri, f"{_TRIAL_PREFIX}{uuid4().hex[:12]}")
     trial = try_shards(plan, layout, shards, scratch_uri, work, config.progress_interval_s)
     observed, rate = trial.observed, trial.observed.images_per_s(workers)
     if not 0 < rate < math.inf:
         raise RunError(f"expected a rate of the trial, got {rate:g} images/s: do the nodes' clocks go together?")
-    start_up_s = max(0.0, trial.duration_s - trial.compile_s - observed.working_s(workers))
-    rounds = math.ceil(plan.num_pending / workers)  # the last one may leave workers idle
-    duration_s = start_up_s + rounds * workers * mean_images / rate
+    has_done_all = len(shards) == plan.num_pending
+    worked_s = observed.span_s if has_done_all else observed.working_s(workers)
+    start_up_s = max(0.0, trial.duration_s - trial.compile_s - worked_s)
+    work_s = worked_s if has_done_all else _work_s(plan.num_pending, mean_images / rate, observed, layout, workers)
+    duration_s = start_up_s + work_s
     estimate = Estimate(
         num_pending=plan.num_pending,
         layout=asdict(layout),
@@ -113,6 +115,21 @@ def estimate_run(plan: Plan, layout: Layout, nodes: Sequence[Node], config: Pred
     )
     storage.write(_estimate_uri(plan), estimate.model_dump_json(indent=1).encode())
     return estimate
+
+
+def shards_to_a_worker(layout: Layout, num_images: int, mean_images: float) -> int:
+    """Of a trial of so many images, at least, to a worker.
+
+    Two in the split form: while the first ones pass, either the tasks or the actors wait for the others.
+    """
+    return max(math.ceil(num_images / mean_images), 2 if layout.form == "split" else 1)
+
+
+def _work_s(num_shards: int, shard_s: float, observed: Observed, layout: Layout, workers: int) -> float:
+    """Seconds that `workers` take for the shards, of which one is done every `shard_s` while all are at work."""
+    if layout.form == "split":  # a pipe, through which the last one goes too
+        return num_shards * shard_s + observed.shard_s
+    return math.ceil(num_shards / workers) * workers * shard_s  # the last round may leave workers idle
 
 
 def sweep_trials(plan: Plan) -> None:

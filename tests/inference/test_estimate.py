@@ -66,6 +66,27 @@ def test_workers_that_have_no_shard_are_not_waited_for(world):
     assert estimate.duration_s == pytest.approx(8 + estimate.start_up_s, abs=0.2)  # three shards, two at a time
 
 
+def play_split(plan: Plan, layout: Layout) -> Iterator[Receipt]:
+    """Four CPUs decode for a GPU, which takes a second for what one of them takes two for, as their receipts say."""
+    cpus, gpu = [time.time() + 2] * 4, 0.0
+    for shard in plan.pending_shards():
+        began_at = min(cpus)
+        cpus[cpus.index(began_at)] = decoded_at = began_at + 2
+        waited, gpu = max(gpu - decoded_at, 0), max(gpu, decoded_at) + 1
+        times = {"began_at": began_at + waited, "ended_at": gpu}
+        yield Receipt(shard.shard_id, shard.num_images, shard.num_images, 0, {}, [], SECONDS, **times)
+
+
+@pytest.mark.parametrize("num_pending", [14, 13, 5, 1])
+def test_tasks_and_actors_are_stages_of_one_pipe(world, num_pending):
+    list_images(world / "images", world / "large", shard_size=150)
+    plan = plan_of(world, manifest=str(world / "large"), run_id=f"split-{num_pending}")
+    rest = Plan(plan.run, plan.manifest, committed=set(range(14 - num_pending)))
+    layout = Layout("split", "cuda", num_actors=1, cpus_per_actor=0, gpus_per_actor=1, num_gpus=1)
+    estimate = estimate_run(rest, layout, [Node(cpus=4, gpus=1)], config_of(world), play_split)
+    assert estimate.duration_s == pytest.approx(num_pending + 2 + estimate.start_up_s, abs=1.1)
+
+
 def test_a_trial_without_a_rate_is_refused(world):
     def play_backwards(plan: Plan, layout: Layout) -> Iterator[Receipt]:
         for receipt in play(plan, layout):
