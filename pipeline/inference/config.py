@@ -36,6 +36,14 @@ class TablesConfig(Section):
     l2_normalise: bool = False
     """Scale each embedding to unit length."""
 
+    def deciding_fields(self) -> dict[str, Any]:
+        """All of them, those of tables that are not written as if they were not set."""
+        idle = {
+            *(["top_k"] if "predictions" not in self.names else []),
+            *(["embedding_type", "l2_normalise"] if "embeddings" not in self.names else []),
+        }
+        return {**self.model_dump(), **TablesConfig().model_dump(include=idle)}
+
 
 class ImagesConfig(ReadLimits):
     """How images are read."""

@@ -207,7 +207,7 @@ def _run_id(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         [
             manifest.digest,
             [[model.name, model.digest] for model in models],
-            config.tables.model_dump(),
+            config.tables.deciding_fields(),
             config.images.max_pixels,
             *_unlike_default(config),
         ]
@@ -313,6 +313,7 @@ def _refuse_change(earlier: Run, now: Run) -> None:
 def _deciding_fields(run: Run) -> dict[str, Any]:
     fields = run.model_dump(exclude={"manifest_uri", "software"})
     fields["models"] = [model.model_dump(exclude={"uri"}) for model in run.models]
+    fields["tables"] = run.tables.deciding_fields()
     fields["images"] = run.images.deciding_fields()
     if run.device == "cuda":
         del fields["num_threads"]

@@ -12,7 +12,8 @@ from pipeline.tables.schemas import TABLES
 def open_table(uri: str, run_id: str | None = None) -> ds.Dataset:
     """The table at `uri` (`<output>/predictions`, `<output>/embeddings` or `<output>/errors`) as a pyarrow dataset.
 
-    All runs, with a `run_id` column, or the one named. Nothing is read before the dataset is scanned:
+    All runs, with a `run_id` column, or the one named. Of each run a file's footer is read, for embeddings may be
+    float16 in one and float32 in another, and are float32 then; nothing else is before the dataset is scanned:
     `open_table(…).to_table(columns=["uri", "label"], filter=ds.field("score") < 0.5)`.
     Raises ObjectNotFoundError where there is no such table or run, naming what is there.
     """
@@ -28,7 +29,11 @@ def open_table(uri: str, run_id: str | None = None) -> ds.Dataset:
         raise ObjectNotFoundError(_missing(location)) from error
     if not dataset.files:
         raise ObjectNotFoundError(_missing(location))
-    return dataset
+    fragments = list(dataset.get_fragments())
+    of_each_run = {str(fragment.partition_expression): fragment for fragment in fragments}
+    schemas = storage.map_concurrently(lambda fragment: fragment.physical_schema, of_each_run.values())
+    schema = pa.unify_schemas([dataset.schema, *schemas], promote_options="permissive")
+    return ds.FileSystemDataset(fragments, schema, dataset.format, files)
 
 
 def _missing(location: str) -> str:

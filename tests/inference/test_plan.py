@@ -71,6 +71,21 @@ def test_the_same_command_is_the_same_run_and_another_is_another(world):
 
 
 @pytest.mark.parametrize(
+    ("names", "idle", "counting"),
+    [
+        (["embeddings"], {"top_k": 2}, {"l2_normalise": True}),
+        (["predictions"], {"embedding_type": "float16", "l2_normalise": True}, {"top_k": 2}),
+    ],
+)
+def test_how_a_table_is_written_that_is_not_decides_nothing(world, names, idle, counting):
+    run_id = plan_of(world, tables={"names": names}).run.run_id
+    assert plan_of(world, tables={"names": names, **idle}).run.run_id == run_id
+    assert plan_of(world, tables={"names": names, **counting}).run.run_id != run_id
+    record(world, run_id=f"idle-{names[0]}", tables={"names": names, **idle})
+    assert plan_of(world, run_id=f"idle-{names[0]}", tables={"names": names}).num_pending == 4
+
+
+@pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"tables": {"top_k": 2}}, "tables"),

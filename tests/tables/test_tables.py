@@ -111,6 +111,15 @@ def test_duckdb_and_polars_read_embeddings_of_either_type(output, embedding_type
     assert from_duckdb == from_polars == from_arrow == values.tolist()
 
 
+@pytest.mark.parametrize("order", [("float16", "float32"), ("float32", "float16")])
+def test_of_runs_of_both_types_no_embedding_loses_a_bit(output, order):
+    values = np.array([[0.1, 0.2]], np.float32)
+    for number, embedding_type in enumerate(order):
+        write_shard(output, f"r{number}", 0, {"embeddings": embeddings(values.astype(embedding_type), embedding_type)})
+    table = open_table(f"{output}/embeddings").to_table().sort_by("run_id")
+    assert table["embedding"].to_pylist() == [values.astype(each)[0].tolist() for each in order]
+
+
 @pytest.mark.s3
 def test_tables_are_written_to_and_read_from_a_real_object_store(s3_uri):
     write_shard(s3_uri, "r1", 0, {"predictions": predictions(["a", "b"])})
