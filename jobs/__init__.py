@@ -20,7 +20,7 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT came: what is committed stays, the same command goes on from there."""
+    """SIGTERM or SIGINT came."""
 
 
 def run_job(config_type: type[Config], main: Callable[[Config], dict[str, Any]]) -> NoReturn:
@@ -35,9 +35,7 @@ def run_job(config_type: type[Config], main: Callable[[Config], dict[str, Any]])
         summary = {"status": "failed", "error": type(error).__name__, "message": str(error), **error.details}
         code = error.exit_code
     except Stopped as stop:
-        resume = config_type.model_fields.get("resume")
-        again = " with --resume auto" if resume is not None and resume.default is False else ""
-        summary = {"status": "stopped", "message": f"{stop}; what is done stays, run the same command{again} to go on"}
+        summary = {"status": "stopped", "message": f"{stop}; {what_stays(config_type)}"}
         code = 1
     except Exception as error:
         traceback.print_exc()
@@ -47,6 +45,15 @@ def run_job(config_type: type[Config], main: Callable[[Config], dict[str, Any]])
         print(f"{summary.get('error', summary['status'])}: {summary['message']}", file=sys.stderr)
     print(json.dumps(summary), flush=True)
     sys.exit(code)
+
+
+def what_stays(config_type: type[JobConfig]) -> str:
+    """Of a job of this config that is stopped, and how to go on, in words."""
+    if not config_type.resumes:
+        return "nothing is kept of it, run the same command to begin anew"
+    resume = config_type.model_fields.get("resume")
+    again = " with --resume auto" if resume is not None and resume.default is False else ""
+    return f"what is done stays, run the same command{again} to go on"
 
 
 def _handle_signals() -> None:

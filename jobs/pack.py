@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pydantic import Field
@@ -43,6 +43,8 @@ Row = dict[str, Any]
 
 class PackConfig(JobConfig):
     """Pack the images of a manifest into Parquet shards of encoded bytes and labels; run it again to resume."""
+
+    resumes: ClassVar[bool] = True
 
     manifest: str
     """URI of the manifest (made by jobs.manifest)."""

@@ -66,13 +66,12 @@ def _train(run: TrainingRun) -> tuple[TrainingRun, "Workers"]:
 
 def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, Any]:
     """Publish the best weights, write the records; the summary, which is the last of them."""
+    from pipeline.training.logbook import Pace
     from pipeline.training.result import publish, write_records
 
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
-    duration_s = round(time.monotonic() - start, 1)
-    names = ("images_per_s", "data_wait_share", "data_idle_share", "device_lag")
-    images_per_s, data_wait_share, data_idle_share, device_lag = (_median(last["history"], name) for name in names)
+    pace = Pace.of(last)
     summary: dict[str, Any] = {
         "status": "done",
         "run_id": run.config.run_id,
@@ -84,20 +83,22 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
         "num_steps": run.num_steps,
         "num_images": run.num_images,
         "num_errors": len(last["errors"]),
-        "images_per_s": images_per_s,
-        "data_wait_share": data_wait_share,
-        "verdict": verdict(images_per_s, data_idle_share, device_lag, on_gpu=run.device == "cuda"),
+        "images_per_s": round(pace.images_per_s, 1),
+        "data_wait_share": round(pace.data_wait_share, 4),
+        "verdict": verdict(pace.images_per_s, pace.data_idle_share, pace.device_lag, on_gpu=run.device == "cuda"),
         "device": run.device,
-        "num_workers": workers.most,
-        "duration_s": duration_s,
+        "num_workers": last["num_workers"],
+        "train_s": round(pace.train_s, 1),
+        "duration_s": round(time.monotonic() - start, 1),
         "report": storage.join(run.uri, "report.html"),
     }
     facts = {
-        "time": f"{duration_s} s",
-        "images/s": f"{images_per_s:,.0f}",
+        "time": f"{pace.train_s:,.1f} s in its steps",
+        "images/s": f"{pace.images_per_s:,.0f}",
+        "data-wait": f"{pace.data_wait_share:.1%}",
         "bound": summary["verdict"],
         "device": run.device,
-        "workers": f"{workers.most} of {workers.cpus_per_worker} CPUs",
+        "workers": f"{last['num_workers']} of {workers.cpus_per_worker} CPUs",
         "training images": run.num_images,
         "network": run.architecture.name,
     }
@@ -126,11 +127,6 @@ def _published_anew(run: TrainingRun) -> dict[str, Any] | None:
 
 def _record(run: TrainingRun, summary: dict[str, Any]) -> None:
     storage.write(run.summary_uri, json.dumps(summary, indent=1).encode())
-
-
-def _median(history: list[dict[str, Any]], name: str) -> float:
-    values = sorted(entry[name] for entry in history if name in entry) or [0.0]  # entries of earlier versions lack some
-    return round(float(values[len(values) // 2]), 4)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -53,6 +53,8 @@ class JobConfig(BaseSettings):
         cli_hide_none_type=True,
         cli_parse_none_str="null",  # as in YAML
     )
+    resumes: ClassVar[bool] = False
+    """Whether the same command goes on from what a stopped one has done."""
 
     @classmethod
     def settings_customise_sources(

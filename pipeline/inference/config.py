@@ -1,7 +1,7 @@
 """What a predict run is told: which images, bundles and tables, where the work runs, what it costs."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
@@ -152,6 +152,8 @@ class PricesConfig(Section):
 
 class PredictConfig(JobConfig):
     """Classify and embed every image of a manifest, shard by shard, into Parquet tables; run it again to resume."""
+
+    resumes: ClassVar[bool] = True
 
     manifest: str
     """URI of the manifest (made by jobs.manifest)."""

@@ -26,17 +26,17 @@ def verdict(images_per_s: float, data_idle_share: float, device_lag: float, *, o
     if data_idle_share >= _MOST_IDLE:
         raised = images_per_s / max(1 - data_idle_share, 1e-3)
         return (
-            f"data-bound: {data_idle_share:.1%} of the time went into waiting for data; pack the images (jobs.pack, "
+            f"data-bound: {data_idle_share:.1%} of the time devices stood idle for data; pack the images (jobs.pack, "
             f"reencode.shorter_side), give a worker more CPUs or set data.cache, which would raise {images_per_s:,.0f} "
             f"to {raised:,.0f} images/s"
         )
     if on_gpu and device_lag < _LEAST_LAG:
         return (
-            f"launch-bound: the GPU has done a step as soon as it is launched, and only {data_idle_share:.1%} of the "
-            "time went into waiting for data; compute.compile, a larger batch_size, or more "
+            "launch-bound: the GPU has done a step as soon as it is launched, and stood idle for data only "
+            f"{data_idle_share:.1%} of the time; compute.compile, a larger batch_size, or more "
             f"data.decode_processes with fewer threads beside the loop, would raise {images_per_s:,.0f} images/s"
         )
     return (
-        f"compute-bound: {data_idle_share:.1%} of the time went into waiting for data; more or faster devices would "
+        f"compute-bound: {data_idle_share:.1%} of the time devices stood idle for data; more or faster ones would "
         f"raise {images_per_s:,.0f} images/s"
     )

@@ -1,7 +1,7 @@
 """What a training run is told, section by section; each part of the loop is given its own section only."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -246,6 +246,8 @@ class TrainComputeConfig(Section):
 
 class TrainConfig(JobConfig):
     """Train a network on a labelled manifest and publish it as a bundle; the same line with --resume auto goes on."""
+
+    resumes: ClassVar[bool] = True
 
     train: str
     """URI of the manifest to train on (made by jobs.manifest or jobs.pack)."""

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,25 @@ class _Step:
     totals: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a run's steps went, in all its attempts; evaluations and starts are no steps."""
+
+    train_s: float
+    images_per_s: float
+    data_wait_share: float
+    data_idle_share: float
+    device_lag: float
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Pace":
+        """From the state of a logbook; of no steps where it is of an earlier version."""
+        sums = state.get("pace", {})
+        seconds = sums.get("train_s", 0.0)
+        means = (sums.get(name, 0.0) / (seconds or 1.0) for name in ("images", "wait_s", "idle_s", "lag_s"))
+        return cls(seconds, *means)
+
+
 class Logbook:
     """Sums up the steps since the last look, on the device, and at a look over all ranks.
 
@@ -47,6 +67,7 @@ class Logbook:
         self.last_outcome: dict[str, Any] = {}
         self._deadly: dict[str, list[str]] = {}
         self._num_seen = self._num_failed = 0.0
+        self._pace: Counter[str] = Counter()
         self._steps: list[_Step] = []
         self._restart_clock()
 
@@ -148,6 +169,8 @@ class Logbook:
             "outcome": self.last_outcome,
             "num_seen": self._num_seen,
             "num_failed": self._num_failed,
+            "pace": dict(self._pace),
+            "num_workers": self._worker.world_size,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -156,6 +179,7 @@ class Logbook:
         self.errors, self.last_outcome = dict(state["errors"]), dict(state["outcome"])
         self._deadly = dict(state.get("deadly", {}))  # checkpoints of earlier versions have none
         self._num_seen, self._num_failed = state["num_seen"], state["num_failed"]
+        self._pace = Counter(state.get("pace", {}))
 
     def _enter(
         self, loss: float, top1: float, num_images: float, all_wait_s: float, all_lag_s: float, all_elapsed_s: float
@@ -173,6 +197,9 @@ class Logbook:
             "data_idle_share": idle_share(all_wait_s, all_lag_s, all_elapsed_s, len(self._steps)),
             "device_lag": all_lag_s / all_elapsed_s * len(self._steps),
         }
+        means = {"wait_s": "data_wait_share", "idle_s": "data_idle_share", "lag_s": "device_lag"}
+        of_look = {seconds: entry[mean] * elapsed_s for seconds, mean in means.items()}
+        self._pace.update({"train_s": elapsed_s, "images": num_images, **of_look})
         if self.is_entry_due(step.number - len(self._steps), step.number):
             self.history.append(entry)
         left = (self._run.num_steps - step.number) * elapsed_s / len(self._steps)

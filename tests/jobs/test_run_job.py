@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from jobs import run_job
+from jobs import run_job, what_stays
+from jobs.evaluate import EvaluateConfig
+from jobs.pack import PackConfig
 from pipeline.config import JobConfig
 from pipeline.errors import ManifestError, PipelineError, ReconcileError, RunError
+from pipeline.inference.config import PredictConfig
+from pipeline.training.config import TrainConfig
 
 
 class Example(JobConfig):
@@ -99,7 +103,20 @@ def test_a_signal_stops_the_job_cleanly(finish: Callable[..., Any], number: sign
 
     code, summary, _ = finish(stopped)
     assert (code, summary["status"], cleaned_up) == (1, "stopped", [True])
-    assert number.name in summary["message"]
+    assert summary["message"] == f"stopped by {number.name}; nothing is kept of it, run the same command to begin anew"
+
+
+@pytest.mark.parametrize(
+    ("config_type", "told"),
+    [
+        (PredictConfig, "what is done stays, run the same command to go on"),
+        (PackConfig, "what is done stays, run the same command to go on"),
+        (TrainConfig, "what is done stays, run the same command with --resume auto to go on"),
+        (EvaluateConfig, "nothing is kept of it, run the same command to begin anew"),
+    ],
+)
+def test_a_stopped_job_tells_what_stays_of_it(config_type: type[JobConfig], told: str) -> None:
+    assert what_stays(config_type) == told
 
 
 def test_help_names_the_command_that_was_typed():

@@ -10,11 +10,11 @@ from pipeline.training.bound import idle_share, verdict
 @pytest.mark.parametrize(
     ("data_idle_share", "device_lag", "on_gpu", "found"),
     [
-        (0.001, 0.0, False, "compute-bound: 0.1% of the time"),
-        (0.25, 0.0, False, "data-bound: 25.0% of the time"),
-        (0.001, 0.9, True, "compute-bound: 0.1% of the time"),
-        (0.5, 0.3, True, "data-bound: 50.0% of the time"),
-        (0.8, 0.0, True, "data-bound: 80.0% of the time"),
+        (0.001, 0.0, False, "compute-bound: 0.1% of the time devices stood idle for data"),
+        (0.25, 0.0, False, "data-bound: 25.0% of the time devices stood idle for data"),
+        (0.001, 0.9, True, "compute-bound: 0.1% of the time devices stood idle for data"),
+        (0.5, 0.3, True, "data-bound: 50.0% of the time devices stood idle for data"),
+        (0.8, 0.0, True, "data-bound: 80.0% of the time devices stood idle for data"),
         (0.001, 0.02, True, "launch-bound: the GPU has done a step as soon as it is launched"),
     ],
 )

@@ -22,7 +22,7 @@ from pipeline.training import checkpoint, logbook
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.counts import Counts, HardImage, Outcome, from_entries
-from pipeline.training.logbook import Logbook
+from pipeline.training.logbook import Logbook, Pace
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
 from tests.manifests import fresh
@@ -220,6 +220,21 @@ def test_rate_and_data_wait_are_those_since_the_last_look(clock):
     assert [entry["data_wait_share"] for entry in log.history] == [0.75, 0]
     assert [entry["images_per_s"] for entry in log.history] == [2.5, 2]
     assert told[0]["eta_s"] == 8 * 4
+
+
+def test_the_pace_is_that_of_all_steps_in_every_attempt(clock):
+    log = Logbook(run_of(epochs=1), Worker())
+    steps_of(log, clock, wait_s=3, work_s=1)
+    clock.move(1000)
+    resumed = Logbook(run_of(epochs=1), Worker())
+    resumed.load(log.state())
+    steps_of(resumed, clock, wait_s=0, work_s=5)
+    pace = Pace.of(resumed.state())
+    looks = resumed.history
+    assert pace.train_s == sum(20 / look["images_per_s"] for look in looks)
+    assert pace.images_per_s == 40 / pace.train_s
+    assert pace.data_wait_share == 6 / pace.train_s
+    assert Pace.of({}) == Pace(0, 0, 0, 0, 0)  # a state of an earlier version
 
 
 class Working(torch.Tensor):
