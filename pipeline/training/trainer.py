@@ -165,9 +165,9 @@ def _follow(
     fit: futures.Future[None], bulletin: Any, observe: Callable[[Status], None], look_out: Callable[[], None]
 ) -> None:
     """Until the workers are done, tell what they tell. Raises what one has failed of where the others do not end."""
-    failed_at = math.inf
-    while not fit.done():
-        futures.wait([fit], _POLL_S)
+    failed_at, is_last = math.inf, False
+    while not is_last:
+        is_last = bool(futures.wait([fit], _POLL_S).done)
         look_out()
         told, failure = ray.get(bulletin.take.remote())
         for status in told:

@@ -1,15 +1,18 @@
 """How many workers there are, and of what size, on clusters of all shapes; and what is told of their end."""
 
+from concurrent.futures import Future
 from functools import partial
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from pipeline.cluster import Node
+from pipeline.cluster import Node, start_here
 from pipeline.errors import ConfigError, StorageError
-from pipeline.training.trainer import Workers, _cause, choose_workers, run_workers
+from pipeline.training.bulletin import Bulletin
+from pipeline.training.trainer import Workers, _cause, _follow, choose_workers, run_workers
 
 AS_IT_COMES = {"num_workers": None, "cpus_per_worker": None}
 
@@ -87,3 +90,18 @@ DECODING = RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmenta
 )
 def test_the_rank_that_failed_is_told_and_not_those_it_left_alone(failures: list[Exception], told: str):
     assert _cause(WorkerGroupError("2 ranks failed", dict(enumerate(failures)))).startswith(told)
+
+
+@pytest.mark.ray
+def test_what_is_told_while_the_last_is_taken_in_is_taken_in_too(local_ray):
+    bulletin, fit, observed = start_here(Bulletin), Future(), []
+
+    def observe(status: dict[str, int]) -> None:
+        observed.append(status["step"])
+        if status["step"] == 1:  # an upload takes its time: the training goes on, and ends
+            ray.get(bulletin.tell.remote({"step": 2}))
+            fit.set_result(None)
+
+    ray.get(bulletin.tell.remote({"step": 1}))
+    _follow(fit, bulletin, observe, lambda: None)
+    assert observed == [1, 2]
