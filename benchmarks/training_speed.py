@@ -57,8 +57,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        _unpack(arguments, root)
-        run = _packed_run(root, arguments)
+        unpack(root, arguments.images, arguments.copies)
+        run = _run(root, arguments)
         rates: dict[str, list[float]] = {"reference": [], "ours": [], "synthetic": []}
         seen: list[Ours] = []
         for _ in range(arguments.rounds):
@@ -103,9 +103,9 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _unpack(arguments: argparse.Namespace, root: Path) -> None:
-    """Loose files in ten class folders: what the classes mean costs no time."""
-    with tarfile.open(arguments.images) as tar:
+def unpack(root: Path, images: str, copies: int) -> None:
+    """Loose files in ten class folders, those to train on `copies` times: what the classes mean costs no time."""
+    with tarfile.open(images) as tar:
         for number, member in enumerate(member for member in tar if member.name.endswith(".JPEG")):
             content = tar.extractfile(member)
             assert content is not None
@@ -113,41 +113,46 @@ def _unpack(arguments: argparse.Namespace, root: Path) -> None:
             path = root / part / f"class{number % 10}" / Path(member.name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read())
-            for copy in range(1, arguments.copies if part == "images" else 1):
+            for copy in range(1, copies if part == "images" else 1):
                 path.with_name(f"{copy}-{path.name}").hardlink_to(path)
 
 
-def _packed_run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
+def packed_run(root: Path, packed: str, **fields: Any) -> TrainingRun:
+    """A run over what `unpack` left in `root`, packed to `packed` unless it is there already."""
     for part in ("images", "evaluation"):
         source = SourceConfig(uri=str(root / part))
         make_manifest(
             ManifestConfig(source=source, output=str(root / f"{part}-list"), labels=LabelsConfig(kind="folders"))
         )
-    pack(
-        PackConfig(
-            manifest=str(root / "images-list"),
-            output=str(root / "packed"),
-            shard_size=100,
-            reencode=Reencode(shorter_side=256),
-        )
-    )
+    if not storage.exists(storage.join(storage.normalise(packed), "manifest.json")):
+        reencode = Reencode(shorter_side=256)
+        pack(PackConfig(manifest=str(root / "images-list"), output=packed, shard_size=100, reencode=reencode))
     config = TrainConfig(
-        train=str(root / "packed"),
+        train=packed,
         evaluate_on=str(root / "evaluation-list"),
         output=str(root / "runs"),
         registry=str(root / "registry"),
         run_id="speed",
         name="speed",
         version="1",
+        evaluation={"preprocessing": {"resize_size": 256, "crop_size": 224}},
+        **{"architecture": {"name": "resnet18"}, **fields},
+    )
+    return make_run(config)
+
+
+def _run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
+    run = packed_run(
+        root,
+        str(root / "packed"),
         architecture={"name": arguments.architecture},
         steps=arguments.steps,
         batch_size=arguments.batch,
         augment={"size": arguments.size},
-        evaluation={"preprocessing": {"resize_size": 256, "crop_size": 224}},
         data={"decode_processes": arguments.processes},
         compute={"precision": arguments.precision},
     )
-    return make_run(config).model_copy(update={"device": arguments.device})
+    return run.model_copy(update={"device": arguments.device})
 
 
 def _ours(run: TrainingRun, arguments: argparse.Namespace) -> Ours:
