@@ -31,7 +31,7 @@ from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
-from pipeline.training.run import TrainingRun, begin, make_run
+from pipeline.training.run import TrainingRun, begin, is_recorded, make_run
 
 if TYPE_CHECKING:
     from pipeline.report.degradation import Curve
@@ -84,6 +84,8 @@ class Net:
 def main(config: DegradationConfig) -> dict[str, Any]:
     """Train the nets that are not trained yet, publish all of them, draw their errors."""
     start = time.monotonic()
+    uri = storage.join(storage.normalise(config.output), config.run_id)
+    _refuse_name_of_a_training(config, uri)
     nets = [_make_net(config, kind, depth) for depth in config.depths for kind in config.kinds]
     from pipeline.report.charts import to_svg
     from pipeline.report.degradation import build_table, draw_degradation
@@ -91,7 +93,6 @@ def main(config: DegradationConfig) -> dict[str, Any]:
     with connected_ray(config.cluster) as nodes:
         nets = _train_all(config, nets, nodes)
     curves = {net.name: _conclude(net) for net in nets}
-    uri = storage.join(storage.normalise(config.output), config.run_id)
     summary = {
         "status": "done",
         "run_id": config.run_id,
@@ -139,6 +140,15 @@ def num_at_once(nodes: Sequence[Node], workers: "Workers") -> int:
     cpus = workers.cpus_per_worker
     fitting = sum(min(node.cpus // cpus, node.gpus) if workers.use_gpu else node.cpus // cpus for node in nodes)
     return max(1, fitting // workers.most)
+
+
+def _refuse_name_of_a_training(config: DegradationConfig, uri: str) -> None:
+    """Raises ConfigError where a training has the name: its summary, by which it is known to have ended, lies there."""
+    if is_recorded(uri):
+        raise ConfigError(
+            f"run_id: {config.run_id!r} is a training under {config.output!r}, whose records the experiment's would "
+            "replace; choose another name"
+        )
 
 
 def _make_net(config: DegradationConfig, kind: Kind, depth: int) -> Net:

@@ -139,7 +139,12 @@ def make_run(config: TrainConfig) -> TrainingRun:
 
 def goes_on(run: TrainingRun) -> bool:
     """Whether an earlier attempt at the run is to be gone on with."""
-    return run.config.resume is True or (run.config.resume == "auto" and storage.exists(_run_uri(run.uri)))
+    return run.config.resume is True or (run.config.resume == "auto" and is_recorded(run.uri))
+
+
+def is_recorded(uri: str) -> bool:
+    """Whether a training run has begun at `uri`."""
+    return storage.exists(_run_uri(uri))
 
 
 def begin(run: TrainingRun) -> None:
@@ -164,7 +169,7 @@ def refuse_name(run: TrainingRun) -> None:
     """Raise the ConfigError that `begin` has for the run's name: it is taken, or there is nothing to resume."""
     if run.config.resume == "auto":
         return
-    is_there = storage.exists(_run_uri(run.uri))
+    is_there = is_recorded(run.uri)
     if run.config.resume and not is_there:
         raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
     if is_there and not run.config.resume:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jobs.degradation import DegradationConfig, Net, Told, _make_net, make_curve, num_at_once, train_together
+from jobs.degradation import DegradationConfig, Net, Told, _make_net, main, make_curve, num_at_once, train_together
+from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.errors import ConfigError, RunError
 from pipeline.telemetry import TrainingProgress
-from pipeline.training.run import TrainingRun, make_run
+from pipeline.training.run import TrainingRun, begin, make_run
 from pipeline.training.trainer import Workers
 from tests.training_worlds import make_sets, train_config
 from tests.worlds import run_job
@@ -98,6 +99,15 @@ def test_a_name_that_leaves_no_room_for_the_nets_is_refused(root):
     config = DegradationConfig(**{**train_config(root).model_dump(), "run_id": "x" * 95})
     with pytest.raises(ConfigError, match=r"of the net plain-20:\n.*run_id"):
         _make_net(config, "plain", 20)
+
+
+def test_the_name_of_a_training_is_refused_and_its_records_stay(root):
+    run = make_run(train_config(root, run_id="a-training"))
+    begin(run)
+    storage.write(run.summary_uri, b"how it ended")
+    with pytest.raises(ConfigError, match="run_id: 'a-training' is a training under .*; choose another name"):
+        main(DegradationConfig(**{**train_config(root).model_dump(), "run_id": "a-training"}))
+    assert storage.read(run.summary_uri) == b"how it ended"
 
 
 def test_the_progress_is_that_of_all_nets():
