@@ -4,7 +4,8 @@ made deeper, in training error too, and residual ones do not.
 python -m jobs.degradation --config configs/degradation.yaml --train URI --evaluate_on URI --output URI ...
 
 Every net is a training run of its own, `<run_id>-plain-20`; as many are trained at once as the cluster has room for.
-The same command goes on with those that were cut short, and leaves finished ones alone.
+The same command goes on with those that were cut short, and leaves finished ones alone; where all are, it draws them
+anew and asks for no cluster.
 
 <output>/<run_id>/degradation.svg    training and test error over the steps, plain beside residual
 <output>/<run_id>/degradation.json   the curves
@@ -31,7 +32,7 @@ from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
-from pipeline.training.run import TrainingRun, begin, is_recorded, make_run
+from pipeline.training.run import TrainingRun, begin, begun_run, is_recorded, make_run, read_summary, refuse_name
 
 if TYPE_CHECKING:
     from pipeline.report.degradation import Curve
@@ -87,30 +88,19 @@ def main(config: DegradationConfig) -> dict[str, Any]:
     uri = storage.join(storage.normalise(config.output), config.run_id)
     _refuse_name_of_a_training(config, uri)
     nets = [_make_net(config, kind, depth) for depth in config.depths for kind in config.kinds]
-    from pipeline.report.charts import to_svg
-    from pipeline.report.degradation import build_table, draw_degradation
-
-    with connected_ray(config.cluster) as nodes:
-        nets = _train_all(config, nets, nodes)
-    curves = {net.name: _conclude(net) for net in nets}
-    summary = {
-        "status": "done",
-        "run_id": config.run_id,
-        "figure": storage.join(uri, "degradation.svg"),
-        "table": storage.join(uri, "table.md"),
-        "errors": {name: _last_errors(curve) for name, curve in curves.items()},
-        "runs": {net.name: net.run.uri for net in nets},
-        "num_steps": nets[0].run.num_steps,
-        "num_images": nets[0].run.num_images,
-        "device": nets[0].run.device,
-        "duration_s": round(time.monotonic() - start, 1),
-    }
-    drawn = list(curves.values())
-    storage.write(storage.join(uri, "degradation.svg"), to_svg(draw_degradation(drawn)))
-    storage.write(storage.join(uri, "degradation.json"), _to_json({name: _points(curves[name]) for name in curves}))
-    storage.write(storage.join(uri, "table.md"), build_table(drawn).encode())
-    storage.write(storage.join(uri, "summary.json"), _to_json(summary))
-    return summary
+    for net in nets:
+        refuse_name(net.run)
+    trained = _all_trained(nets)
+    recorded = None if trained is None else read_summary(uri)
+    if trained is None:
+        with connected_ray(config.cluster) as nodes:
+            trained = _train_all(config, nets, nodes)
+    summary = {**_draw(config.run_id, uri, trained), "duration_s": round(time.monotonic() - start, 1)}
+    if recorded is None:
+        storage.write(storage.join(uri, "summary.json"), _to_json(summary))
+        return summary
+    storage.write(storage.join(uri, "summary.json"), _to_json({**summary, "duration_s": recorded.get("duration_s")}))
+    return {**summary, "status": "was done"}
 
 
 def make_curve(net: Net, history: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> "Curve":
@@ -165,6 +155,20 @@ def _make_net(config: DegradationConfig, kind: Kind, depth: int) -> Net:
     except ValidationError as error:
         raise ConfigError(f"of the net {kind}-{depth}:\n{describe(error)}") from error
     return Net(kind, depth, make_run(of_run))
+
+
+def _all_trained(nets: Sequence[Net]) -> list[Net] | None:
+    """The nets, each on the device that it was trained on, where none is left to train; else None. Needs no cluster."""
+    from pipeline.training import checkpoint
+    from pipeline.training.result import is_finished
+
+    trained = []
+    for net in nets:
+        run = begun_run(net.run)
+        if run is None or not is_finished(checkpoint.read_last(run.uri), run):
+            return None
+        trained.append(replace(net, run=run))
+    return trained
 
 
 def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) -> list[Net]:
@@ -261,6 +265,29 @@ class Told:
             self._done[name] = status["step"]
             words = f"step {status['step']}, loss {status['loss']:.3g}, training error {1 - status['top1']:.1%}"
             self._progress.update({"step": sum(self._done.values()), "of": self._num_steps, name: words})
+
+
+def _draw(run_id: str, uri: str, nets: Sequence[Net]) -> dict[str, Any]:
+    """Publish the nets, write their records, figure, curves and table below `uri`; what the summary says of them."""
+    from pipeline.report.charts import to_svg
+    from pipeline.report.degradation import build_table, draw_degradation
+
+    curves = {net.name: _conclude(net) for net in nets}
+    drawn = list(curves.values())
+    storage.write(storage.join(uri, "degradation.svg"), to_svg(draw_degradation(drawn)))
+    storage.write(storage.join(uri, "degradation.json"), _to_json({name: _points(curves[name]) for name in curves}))
+    storage.write(storage.join(uri, "table.md"), build_table(drawn).encode())
+    return {
+        "status": "done",
+        "run_id": run_id,
+        "figure": storage.join(uri, "degradation.svg"),
+        "table": storage.join(uri, "table.md"),
+        "errors": {name: _last_errors(curve) for name, curve in curves.items()},
+        "runs": {net.name: net.run.uri for net in nets},
+        "num_steps": nets[0].run.num_steps,
+        "num_images": nets[0].run.num_images,
+        "device": nets[0].run.device,
+    }
 
 
 def _conclude(net: Net) -> "Curve":

@@ -11,6 +11,8 @@
 """
 
 import importlib.util
+import json
+import logging
 import os
 from typing import Any
 
@@ -25,6 +27,8 @@ from pipeline.errors import ConfigError, ManifestError, ObjectExistsError, Objec
 from pipeline.models import registry
 from pipeline.models.bundle import Architecture, Bundle
 from pipeline.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 # Where and how hard, not what: these do not change the weights.
 MAY_CHANGE: dict[str, Any] = {
@@ -81,7 +85,7 @@ class TrainingRun(BaseModel):
     @property
     def summary_uri(self) -> str:
         """Where it is told how it ended; nothing is there until all else is."""
-        return storage.join(self.uri, "summary.json")
+        return _summary_uri(self.uri)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -176,18 +180,23 @@ def refuse_name(run: TrainingRun) -> None:
         raise _taken(run)
 
 
-def ended_run(run: TrainingRun) -> TrainingRun | None:
-    """`run`, on the device it had, where an earlier attempt has told how it ended; None where it is to be begun or gone
-    on with. Asks no cluster what it has.
+def begun_run(run: TrainingRun) -> TrainingRun | None:
+    """`run`, on the device it had, where an earlier attempt at it is to be gone on with; None where it is to be begun.
+    Asks no cluster what it has.
 
     Raises ConfigError where it began otherwise, or is of another version.
     """
-    earlier = read_run(run.uri) if goes_on(run) and storage.exists(run.summary_uri) else None
+    earlier = read_run(run.uri) if goes_on(run) else None
     if earlier is None:
         return None
     run = run.model_copy(update={"device": earlier.device})
     _refuse_change(earlier, run)
     return run
+
+
+def ended_run(run: TrainingRun) -> TrainingRun | None:
+    """As `begun_run`, where the earlier attempt has told how it ended; else None."""
+    return begun_run(run) if storage.exists(run.summary_uri) else None
 
 
 def read_run(uri: str) -> TrainingRun | None:
@@ -198,6 +207,20 @@ def read_run(uri: str) -> TrainingRun | None:
         return None
     except ValidationError as error:
         raise ConfigError(f"{_run_uri(uri)}: not a training run of this version:\n{describe(error)}") from error
+
+
+def read_summary(uri: str) -> dict[str, Any] | None:
+    """How it ended, as told at `uri`; None where it is not told yet, or not legibly: then it is to be told anew."""
+    try:
+        summary = json.loads(storage.read(_summary_uri(uri)))
+    except ObjectNotFoundError:
+        return None
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        logger.warning(f"{_summary_uri(uri)}: expected how the run ended as JSON, found it damaged; it is made anew")
+        return None
+    return summary
 
 
 def _taken(run: TrainingRun) -> ConfigError:
@@ -274,3 +297,7 @@ def _uri_of(config: TrainConfig) -> str:
 
 def _run_uri(uri: str) -> str:
     return storage.join(uri, "run.json")
+
+
+def _summary_uri(uri: str) -> str:
+    return storage.join(uri, "summary.json")

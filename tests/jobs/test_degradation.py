@@ -1,6 +1,7 @@
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+import jobs.degradation
 from jobs.degradation import DegradationConfig, Net, Told, _make_net, main, make_curve, num_at_once, train_together
 from pipeline import storage
 from pipeline.cluster import Node
+from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError, RunError
 from pipeline.telemetry import TrainingProgress
 from pipeline.training.run import TrainingRun, begin, make_run
 from pipeline.training.trainer import Workers
-from tests.training_worlds import make_sets, train_config
+from tests.training_worlds import make_sets, make_square_sets, train_config, train_here
 from tests.worlds import run_job
 
 Observe = Callable[[dict[str, Any]], None]
+
+
+class Waiting(BaseException):
+    """The job waits for its cluster."""
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +112,43 @@ def test_the_name_of_a_training_is_refused_and_its_records_stay(root):
     run = make_run(train_config(root, run_id="a-training"))
     begin(run)
     storage.write(run.summary_uri, b"how it ended")
-    with pytest.raises(ConfigError, match="run_id: 'a-training' is a training under .*; choose another name"):
+    with pytest.raises(ConfigError, match=r"run_id: 'a-training' is a training under .*; choose another name"):
         main(DegradationConfig(**{**train_config(root).model_dump(), "run_id": "a-training"}))
     assert storage.read(run.summary_uri) == b"how it ended"
+
+
+def test_nets_that_are_all_trained_are_drawn_without_a_cluster_wherever_they_were_trained(tmp_path, monkeypatch):
+    @contextmanager
+    def connected(awaited: ClusterConfig) -> Iterator[list[Node]]:
+        raise Waiting
+        yield
+
+    monkeypatch.setattr(jobs.degradation, "connected_ray", connected)
+    make_square_sets(tmp_path)
+    config = DegradationConfig(**{**train_config(tmp_path).model_dump(), "resume": True, "depths": [8]})
+    for kind in config.kinds:
+        with pytest.raises(Waiting):
+            main(config)
+        run = train_here(_make_net(config, kind, 8).run.config)
+        begin(run.model_copy(update={"device": "cuda"}))
+
+    summary_path = tmp_path / "runs" / "first" / "summary.json"
+    drawn = main(config)
+    assert (drawn["status"], drawn["device"]) == ("done", "cuda")
+    recorded = {**json.loads(summary_path.read_text()), "duration_s": 3600.0}
+    assert recorded == {**drawn, "duration_s": 3600.0}
+    summary_path.write_text(json.dumps(recorded))
+    again = main(config)
+    assert again == {**drawn, "status": "was done", "duration_s": again["duration_s"]}
+    assert json.loads(summary_path.read_text()) == recorded
+
+    summary_path.write_text("{")
+    assert main(config)["status"] == "done"
+    assert json.loads(summary_path.read_text())["status"] == "done"
+    with pytest.raises(ConfigError, match="seed"):
+        main(config.model_copy(update={"seed": 7}))
+    with pytest.raises(ConfigError, match="'first-plain-8' is there already"):
+        main(config.model_copy(update={"resume": False, "version": "2"}))
 
 
 def test_the_progress_is_that_of_all_nets():
@@ -196,7 +237,8 @@ def test_nets_can_be_added_while_one_that_was_cut_short_goes_on(root, plain, bot
 @pytest.mark.slow
 def test_finished_nets_are_left_alone(root, fields, both):
     before = checkpoint_times(root)
-    assert run_job("degradation", **fields)["errors"] == both.summary["errors"]
+    again = run_job("degradation", **fields)
+    assert (again["status"], again["errors"]) == ("was done", both.summary["errors"])
     assert checkpoint_times(root) == before
 
 
