@@ -245,8 +245,11 @@ def train_together(nets: Sequence[Net], workers: "Workers", at_once: int, told: 
             is_stopping.set()
 
 
-class _CutShortError(Exception):
-    """A net is stopped for another's sake, or a signal's; its last checkpoint is what the same command goes on from."""
+class _CutShortError(BaseException):
+    """A net is stopped for another's sake, or a signal's; its last checkpoint is what the same command goes on from.
+
+    No failure of the net's own, so no Exception: what is told of its end tells them apart.
+    """
 
 
 class Told:

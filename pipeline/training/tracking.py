@@ -1,9 +1,11 @@
 """What a training tells, as TensorBoard files beside the run, and to MLflow where a tracking server is configured.
 
 <output>/<run_id>/tensorboard/    event files
+<output>/<run_id>/mlflow.json     the run at MLflow, which a resumed training goes on with
 MLFLOW_TRACKING_URI               in the environment: the same figures there too; needs the package mlflow
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline import storage
-from pipeline.errors import RunError
+from pipeline.errors import ObjectNotFoundError, RunError
 from pipeline.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Tracker:
         self._folder.cleanup()
         with _not_worth_a_training():
             if self._mlflow is not None:
-                self._mlflow.end_run("FINISHED" if kind is None else "FAILED")
+                self._mlflow.end_run(_status(kind))
 
     def update(self, told: dict[str, Any]) -> None:
         """Rank 0 looked, or the network was evaluated."""
@@ -80,8 +82,10 @@ def _start_mlflow(run: TrainingRun) -> Any:
     import mlflow
 
     try:
-        mlflow.set_experiment(run.config.name)
-        mlflow.start_run(run_name=run.config.run_id)
+        begun = _resumed(run) or mlflow.start_run(
+            experiment_id=_experiment_id(run.config.name), run_name=run.config.run_id
+        )
+        storage.write(_record_uri(run), json.dumps({"run_id": begun.info.run_id}).encode())
         mlflow.log_params({"architecture": run.architecture.name, **_deciding(run)})
     except Exception as error:  # its own, and those of many stores
         raise RunError(
@@ -89,6 +93,35 @@ def _start_mlflow(run: TrainingRun) -> Any:
             "then run again with --resume auto"
         ) from error
     return mlflow
+
+
+def _resumed(run: TrainingRun) -> Any:
+    """The run of an earlier attempt, active again; None where there was none, or this server has it no longer."""
+    import mlflow
+
+    try:
+        return mlflow.start_run(run_id=json.loads(storage.read(_record_uri(run)))["run_id"])
+    except (ObjectNotFoundError, mlflow.MlflowException):
+        return None
+
+
+def _experiment_id(name: str) -> str:
+    """The experiment of that name, made where there is none; `set_experiment` would be for all of the process."""
+    import mlflow
+
+    experiment = mlflow.get_experiment_by_name(name)
+    return str(mlflow.create_experiment(name) if experiment is None else experiment.experiment_id)
+
+
+def _status(kind: type[BaseException] | None) -> str:
+    """What MLflow calls an end by this exception; what is no Exception is a signal's."""
+    if kind is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(kind, Exception) else "KILLED"
+
+
+def _record_uri(run: TrainingRun) -> str:
+    return storage.join(run.uri, "mlflow.json")
 
 
 def _deciding(run: TrainingRun) -> dict[str, Any]:
