@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from jobs import manifest, predict, run_job, train, verify
 from jobs.demo_images import CLASSES, draw_set
@@ -31,6 +32,7 @@ from pipeline.training.config import (
 
 _NAME = "shapes"
 _ARCHITECTURE = "cifar_resnet8"
+_BATCH_SIZE = 64
 
 
 class DemoConfig(JobConfig):
@@ -38,11 +40,11 @@ class DemoConfig(JobConfig):
 
     root: str = "demo"
     """Folder for the images, the manifest, the bundle and the tables."""
-    num_train: int = 2_400
+    num_train: int = Field(2_400, ge=_BATCH_SIZE)
     """Images to train on."""
-    num_images: int = 3_000
+    num_images: int = Field(3_000, ge=1)
     """Other images, to classify and embed; some are broken on purpose."""
-    epochs: int = 10
+    epochs: int = Field(10, ge=1)
     """Passes over the training images."""
 
 
@@ -109,7 +111,7 @@ def _train(root: Path, epochs: int) -> None:
             version="1",
             architecture=Architecture(name=_ARCHITECTURE),
             epochs=epochs,
-            batch_size=64,
+            batch_size=_BATCH_SIZE,
             augment=AugmentConfig(crop="random_resized", scale=(0.6, 1.0), size=32),
             optimizer=OptimizerConfig(learning_rate=0.2, nesterov=True, weight_decay=5e-4),
             schedule=ScheduleConfig(kind="linear", warmup=min(2, epochs / 2)),

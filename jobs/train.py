@@ -14,7 +14,7 @@ from pipeline.cluster import choose_device, connected_ray
 from pipeline.data.training_set import TrainingSet
 from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
-from pipeline.training.run import TrainingRun, begin, ended_run, make_run, refuse_name
+from pipeline.training.run import TrainingRun, begin, ended_run, make_run, read_summary, refuse_name
 
 if TYPE_CHECKING:
     from pipeline.training.trainer import Workers
@@ -109,16 +109,15 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
 
 def _published_anew(run: TrainingRun) -> dict[str, Any] | None:
     """The summary of a run that has ended, its bundle there, under the name that it has now; None where its last
-    checkpoint is damaged or gone: then it has to be gone on with. Needs no cluster.
+    checkpoint or the summary is damaged or gone: then it has to be gone on with. Needs no cluster.
     """
     from pipeline.training import checkpoint
     from pipeline.training.result import is_finished, publish
 
-    last = checkpoint.read_last(run.uri)
-    if not is_finished(last, run):
+    recorded, last = read_summary(run.uri), checkpoint.read_last(run.uri)
+    if recorded is None or not is_finished(last, run):
         return None
     bundle, uri, _ = publish(run, last)
-    recorded: dict[str, Any] = json.loads(storage.read(run.summary_uri))
     summary = {**recorded, "bundle": uri, "digest": bundle.digest}
     if summary != recorded:
         _record(run, summary)

@@ -130,6 +130,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not readable as YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--config {path}: expected a file that may be read, got {error}") from error
     if fields is not None and not isinstance(fields, dict):
         raise ConfigError(f"--config {path}: expected a mapping of fields, got a {type(fields).__name__}")
     if strange := [name for name in fields or () if not isinstance(name, str)]:

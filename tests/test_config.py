@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from pydantic import Field, ValidationError
 
@@ -107,6 +109,16 @@ def test_a_config_without_a_name_is_an_error_like_others():
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load(Example, ["--config", "nowhere.yaml"])
+
+
+def test_a_file_that_may_not_be_read_is_named(yaml_file, monkeypatch):
+    def refuse(path, **how):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    argv = yaml_file("manifest: m")
+    monkeypatch.setattr(Path, "read_text", refuse)  # root may read all
+    with pytest.raises(ConfigError, match=r"config\.yaml: expected a file that may be read, got .*Permission denied"):
+        load(Example, argv)
 
 
 def test_help_lists_every_field_with_meaning_and_default(capsys):

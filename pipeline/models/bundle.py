@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, StringConstraints, ValidationError
+from pydantic import Field, JsonValue, StringConstraints, ValidationError, field_validator
 
 from pipeline import __version__, storage
 from pipeline.config import Section, describe
@@ -42,6 +42,13 @@ class Architecture(Section):
 
     name: str
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("arguments")
+    @classmethod
+    def _besides_the_number_of_classes(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if "num_classes" in arguments:
+            raise ValueError("expected no num_classes among the arguments: it is the number of `classes`; leave it out")
+        return arguments
 
 
 class Metric(Section):

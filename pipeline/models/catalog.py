@@ -80,7 +80,7 @@ class Network(nn.Module):
         return self.head(embedding), embedding
 
 
-def build(architecture: str, num_classes: int, **arguments: Any) -> Network:
+def build(architecture: str, /, num_classes: int, **arguments: Any) -> Network:
     """The network of that name with random weights and `num_classes` logits; `arguments` go to its constructor.
 
     Raises ConfigError for a name or arguments that do not exist, and for a classifier without a final linear layer.

@@ -1,8 +1,18 @@
 """The demo's network learns, and its run is whole."""
 
 import pytest
+from pydantic import ValidationError
 
+from jobs.demo import DemoConfig
 from tests.worlds import run_job
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_train": 7}, {"num_train": 63}, {"num_images": 0}, {"num_images": -5}, {"epochs": 0}]
+)
+def test_a_demo_of_too_few_images_or_epochs_is_refused(fields):
+    with pytest.raises(ValidationError, match="greater than or equal to"):
+        DemoConfig(**fields)
 
 
 @pytest.mark.slow

@@ -120,6 +120,16 @@ def test_torchvisions_weights_bring_their_own_meaning(
         ({"architecture": {"name": "cifar_resnet"}}, ConfigError, "did you mean"),
         ({"key": "model"}, BundleError, "key: expected an entry"),
         ({"rename": {"linear": "layer1.0.conv1"}}, BundleError, "both become layer1.0.conv1.weight"),
+        (
+            {"architecture": {"name": "cifar_resnet8", "arguments": {"num_classes": 3}}},
+            ValidationError,
+            "expected no num_classes among the arguments",
+        ),
+        (
+            {"architecture": {"name": "cifar_resnet8", "arguments": {"architecture": "resnet18"}}},
+            ConfigError,
+            "cannot be built with arguments",
+        ),
         ({"name": "a/b"}, ValidationError, "name"),
         ({"alias": "my alias"}, ValidationError, "alias"),
         ({"version": "aliases"}, BundleError, "aliases"),

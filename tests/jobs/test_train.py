@@ -53,6 +53,12 @@ def test_a_training_waits_for_its_cluster_and_one_that_is_finished_does_not(
     with pytest.raises(ConfigError, match="there already"):
         jobs.train.main(config.model_copy(update={"resume": False, "version": "3"}))
 
+    for damaged in (b'{"status": "do', b"\xff", b"[]"):
+        storage.write(run.summary_uri, damaged)
+        with pytest.raises(Waiting):  # to tell it anew
+            jobs.train.main(config)
+    storage.write(run.summary_uri, json.dumps(recorded).encode())
+
     storage.delete(checkpoint.checkpoint_uri(run.uri, run.num_steps))
     with pytest.raises(Waiting):
         jobs.train.main(config)
