@@ -25,6 +25,11 @@ from pipeline.errors import ConfigError
 
 Config = TypeVar("Config", bound="JobConfig")
 
+_OF_LISTS = (
+    "lists are given as a,b or by repeating the field; values which contain commas, or begin or end with white space, "
+    'as JSON: \'["tench, Tinca tinca", "goldfish"]\''
+)
+
 
 class Section(BaseModel):
     """A named group of config fields; frozen, and strict about unknown ones."""
@@ -84,15 +89,33 @@ def load(config_type: type[Config], argv: list[str]) -> Config:
         source: Any = CliSettingsSource(
             config_type,
             cli_prog_name=f"python -m {_job(config_type)} [--config FILE]",
-            cli_parse_args=rest,
             cli_exit_on_error=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
         )
-        return config_type(**_merge(from_yaml, source()))
+        source.root_parser.epilog = _OF_LISTS
+        return config_type(**_merge(from_yaml, source(parsed_args=_parse(source, rest))()))
     except SettingsError as error:
         raise ConfigError(f"command line: {error}; --help lists every field") from error
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
+
+
+def _parse(source: Any, argv: list[str]) -> argparse.Namespace:
+    """What `source` finds in `argv`. Raises ConfigError where a list would be cut at commas that may be its values'."""
+    given: argparse.Namespace = source.root_parser.parse_args(argv)
+    for name, values in vars(given).items():
+        if isinstance(values, list):
+            for text in values:
+                _refuse_blanks(name, text)
+            if len(values) == 1 and values[0].startswith("[") and "\\" in values[0]:
+                setattr(given, name, values[0])  # of a list, pydantic-settings takes JSON's escapes for text
+    return given
+
+
+def _refuse_blanks(name: str, text: str) -> None:
+    is_json = text.startswith(("[", "{", '"'))
+    if not is_json and any(part != part.strip() for part in text.split(",")):
+        raise ConfigError(f"--{name}: expected values with no white space around them, got {text!r}; {_OF_LISTS}")
 
 
 def _job(config_type: type[JobConfig]) -> str:

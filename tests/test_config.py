@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,28 @@ def test_the_command_line_goes_over_the_file_field_by_field(yaml_file):
 def test_a_list_is_given_by_repeating_its_field():
     config = load(Example, ["--manifest", "m", "--tables.names", "a", "--tables.names", "b"])
     assert config.tables.names == ["a", "b"]
+
+
+def test_a_list_is_given_with_commas_between_its_values():
+    config = load(Example, ["--manifest", "m", "--tables.names", "a,b"])
+    assert config.tables.names == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["tench, Tinca tinca", "tench ,b", " tench", "a,b\n"])
+def test_a_list_whose_commas_may_belong_to_its_values_is_refused_with_the_form_that_tells(text):
+    with pytest.raises(ConfigError, match=r"--tables\.names: expected values with no white space .* as JSON"):
+        load(Example, ["--manifest", "m", "--tables.names", "a", "--tables.names", text])
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_values_of_any_kind_are_given_as_json(ensure_ascii):
+    names = ["tench, Tinca tinca", " kätzchen", 'the "cat"', "back\\slash", "[1]", "1", "null", "a\nb"]
+    text = json.dumps(names, ensure_ascii=ensure_ascii)
+    assert load(Example, ["--manifest", "m", "--tables.names", text]).tables.names == names
+
+
+def test_a_text_may_contain_commas():
+    assert load(Example, ["--manifest", "m, n"]).manifest == "m, n"
 
 
 def test_a_config_survives_its_own_yaml(yaml_file):
@@ -129,3 +152,4 @@ def test_help_lists_every_field_with_meaning_and_default(capsys):
     assert "--tables.top_k" in told
     assert "How many classes. (default: 5)" in told
     assert "Where the manifest is. (required)" in told
+    assert "values which contain commas" in told

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -272,9 +273,10 @@ def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
             f"{len(evaluation.classes)}, among them {sorted(set(evaluation.classes) - set(train.classes))[:3]}"
         )
     if evaluation.classes != train.classes[: len(evaluation.classes)]:
+        names = json.dumps(train.classes[:3], ensure_ascii=False)[:-1] + (", …]" if len(train.classes) > 3 else "]")
         raise ManifestError(
             "evaluate_on: its labels count its own classes, fewer than the training set's; make its manifest with "
-            f"--classes {','.join(train.classes[:3])},… so that equal labels mean equal classes"
+            f"--classes {shlex.quote(names)}, so that equal labels mean equal classes"
         )
 
 

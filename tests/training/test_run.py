@@ -290,8 +290,9 @@ def test_an_evaluation_set_of_strange_classes_is_refused(tmp_path):
 def test_an_evaluation_set_whose_labels_mean_other_classes_is_refused(tmp_path):
     list_labels(tmp_path, "train", LABELS["train"])
     list_labels(tmp_path, "evaluation", ["cat", "dog"])
-    with pytest.raises(ManifestError, match=r"its labels count its own classes.*--classes ant,cat,dog,"):
+    with pytest.raises(ManifestError, match="its labels count its own classes") as raised:
         run_of(tmp_path)
+    assert """with --classes '["ant", "cat", "dog"]', so""" in str(raised.value)
 
 
 @pytest.mark.parametrize("fields", [{}, {"classes": ["ant", "cat", "dog"]}])
