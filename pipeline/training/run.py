@@ -264,6 +264,12 @@ def _refuse_idle(run: TrainingRun) -> None:
             f"schedule.warmup: expected at most the training's {run.num_steps / steps_per_unit:g} "
             f"{config.schedule.unit}, got {config.schedule.warmup:g}: its learning rate would never be reached"
         )
+    strange = [when for when in config.schedule.milestones if not 0 < when * steps_per_unit < run.num_steps]
+    if strange:
+        raise ConfigError(
+            f"schedule.milestones: expected each above 0 and below the training's {run.num_steps / steps_per_unit:g} "
+            f"{config.schedule.unit}, got {strange}: the learning rate would not drop there; change them with it"
+        )
 
 
 def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:

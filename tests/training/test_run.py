@@ -205,11 +205,25 @@ def as_version(uri: str, version: str) -> tuple[Bundle, bytes]:
         ({"ema": {"decay": 0.9, "every_steps": 5}}, r"ema\.every_steps: expected at most the 4 steps"),
         ({"schedule": {"warmup": 3}}, r"schedule\.warmup: expected at most the training's 2 epochs, got 3"),
         ({"schedule": {"warmup": 5, "unit": "steps"}}, r"schedule\.warmup"),
+        (
+            {"schedule": {"kind": "step", "milestones": [1, 2, 30]}},
+            r"schedule\.milestones: expected each above 0 and below the training's 2 epochs, got \[2\.0, 30\.0\]",
+        ),
+        (
+            {"schedule": {"kind": "step", "milestones": [1, 4], "unit": "steps"}},
+            r"below the training's 4 steps, got \[4\.0\]",
+        ),
+        ({"schedule": {"kind": "step", "milestones": [-1, 0, 1]}}, r"schedule\.milestones: .*got \[-1\.0, 0\.0\]"),
     ],
 )
 def test_settings_whose_time_never_comes_are_refused(root, fields, told):
     with pytest.raises(ConfigError, match=told):
         run_of(root, batch_size=6, epochs=2, **fields)
+
+
+@pytest.mark.parametrize(("unit", "milestones"), [("epochs", [0.5, 1.9]), ("steps", [1, 3])])
+def test_milestones_within_the_training_pass(root, unit, milestones):
+    run_of(root, batch_size=6, epochs=2, schedule={"kind": "step", "unit": unit, "milestones": milestones})
 
 
 @pytest.mark.parametrize(
