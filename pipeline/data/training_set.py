@@ -14,6 +14,7 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ManifestError
 
 _MD5 = re.compile(r"[0-9a-f]{32}")  # the etag of an object that came in one PUT: its content's
+_MD5_OF_NOTHING = "d41d8cd98f00b204e9800998ecf8427e"  # all empty objects have it, and are no image
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,18 @@ class TrainingSet:
 
 def refuse_overlap(train: TrainingSet, evaluation: TrainingSet) -> None:
     """Raises ManifestError where an image is in both: the same uri, or the same content as far as MD5 etags tell it."""
-    evaluated = {content for contents in _contents(evaluation.manifest) for content in contents}
-    shared = [contents[0] for contents in _contents(train.manifest) if not evaluated.isdisjoint(contents)]
+    evaluated = {content: contents[0] for contents in _contents(evaluation.manifest) for content in contents}
+    shared = [
+        (contents[0], twins[0])
+        for contents in _contents(train.manifest)
+        if (twins := [evaluated[content] for content in contents if content in evaluated])
+    ]
     if shared:
+        trained_on, judged_by = shared[0]
         raise ManifestError(
             f"expected no image in both {train.manifest.uri!r} and {evaluation.manifest.uri!r}, found {len(shared)}, "
-            f"e.g. {shared[0]!r}: an evaluation on images that were trained on says nothing"
+            f"e.g. {trained_on!r}, which is {judged_by!r} there: an evaluation on images that were trained on says "
+            "nothing; make one of the manifests anew without them, by filters.exclude or another split"
         )
 
 
@@ -110,4 +117,4 @@ def _contents(manifest: Manifest) -> Iterator[list[str]]:
     for images in storage.map_concurrently(manifest.images, manifest.shards()):
         for uri, etag in zip(images["uri"].to_pylist(), images["etag"].to_pylist(), strict=True):
             content = (etag or "").strip('"')  # quoted in some tables
-            yield [uri, content] if _MD5.fullmatch(content) else [uri]
+            yield [uri, content] if _MD5.fullmatch(content) and content != _MD5_OF_NOTHING else [uri]
