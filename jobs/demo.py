@@ -6,7 +6,7 @@ python -m jobs.demo [--root FOLDER]
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pydantic import Field
@@ -37,6 +37,8 @@ _BATCH_SIZE = 64
 
 class DemoConfig(JobConfig):
     """List, train, classify and embed a set of images drawn on the spot, in a local folder."""
+
+    resumes: ClassVar[bool] = True
 
     root: str = "demo"
     """Folder for the images, the manifest, the bundle and the tables."""

@@ -4,6 +4,7 @@ python -m jobs.train --config configs/train_cifar_10_epochs.yaml --train URI --e
 python -m jobs.train ... --resume auto      goes on from the last checkpoint, where there is one
 """
 
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from jobs import run_job
 from pipeline import storage
 from pipeline.cluster import choose_device, connected_ray
 from pipeline.data.training_set import TrainingSet
+from pipeline.errors import BundleError, RunError
+from pipeline.models import registry
+from pipeline.models.bundle import Bundle
 from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, ended_run, make_run, read_summary, refuse_name
@@ -108,20 +112,45 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
 
 
 def _published_anew(run: TrainingRun) -> dict[str, Any] | None:
-    """The summary of a run that has ended, its bundle there, under the name that it has now; None where its last
-    checkpoint or the summary is damaged or gone: then it has to be gone on with. Needs no cluster.
+    """The summary of a run that has ended, its bundle there, under the name that it has now; None where the summary or
+    the last of its checkpoints is damaged: then it has to be gone on with. Needs no cluster.
+
+    Raises RunError where neither the checkpoints nor the bundle are there any longer.
     """
     from pipeline.training import checkpoint
     from pipeline.training.result import is_finished, publish
 
     recorded, last = read_summary(run.uri), checkpoint.read_last(run.uri)
-    if recorded is None or not is_finished(last, run):
+    if recorded is None:
         return None
+    if last is None:
+        return _still_published(run, recorded)
+    if not is_finished(last, run):
+        return None
+    best = checkpoint.best_step(last["evaluations"])
+    if not storage.exists(checkpoint.checkpoint_uri(run.uri, best)):
+        return _still_published(run, recorded)
     bundle, uri, _ = publish(run, last)
     summary = {**recorded, "bundle": uri, "digest": bundle.digest}
     if summary != recorded:
         _record(run, summary)
     return summary
+
+
+def _still_published(run: TrainingRun, recorded: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run whose checkpoints were tidied away, its bundle being there. Raises RunError else: nobody
+    wants it trained once more unasked.
+    """
+    reference = f"{run.config.name}/{run.config.version}"
+    with contextlib.suppress(BundleError):
+        uri = registry.resolve(run.config.registry, reference)
+        if Bundle.load(uri).digest == recorded["digest"]:
+            return {**recorded, "bundle": uri}
+    raise RunError(
+        f"expected the checkpoints of {run.config.run_id!r}, which has ended, to publish {reference} of, found them "
+        f"gone from {run.uri!r}: restore them, copy the bundle from {recorded['bundle']!r}, or train under another "
+        "run_id"
+    )
 
 
 def _record(run: TrainingRun, summary: dict[str, Any]) -> None:

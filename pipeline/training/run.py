@@ -273,6 +273,14 @@ def _refuse_idle(run: TrainingRun) -> None:
 
 
 def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
+    """Raises ManifestError where labels of the evaluation set are no classes of training's, or mean others of them."""
+    if not evaluation.manifest.classes:  # bare ids, which are places in the training set's
+        if len(evaluation.classes) > len(train.classes):
+            raise ManifestError(
+                f"evaluate_on: expected ids of the training set's {len(train.classes)} classes, got one of "
+                f"{len(evaluation.classes) - 1}"
+            )
+        return
     if evaluation.classes != train.classes and not set(evaluation.classes) <= set(train.classes):
         raise ManifestError(
             f"evaluate_on: expected the {len(train.classes)} classes of the training set, got "

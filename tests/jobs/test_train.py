@@ -11,9 +11,11 @@ import jobs.train
 from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.models.bundle import Bundle
 from pipeline.training import checkpoint
+from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.result import publish
 from pipeline.training.run import begin
 from tests.training_worlds import make_square_sets, train_config, train_here
 
@@ -62,3 +64,33 @@ def test_a_training_waits_for_its_cluster_and_one_that_is_finished_does_not(
     storage.delete(checkpoint.checkpoint_uri(run.uri, run.num_steps))
     with pytest.raises(Waiting):
         jobs.train.main(config)
+
+
+def test_a_finished_training_whose_checkpoints_are_gone_is_not_done_again(tmp_path: Path) -> None:
+    make_square_sets(tmp_path)
+    config = train_config(tmp_path, resume="auto", checkpoint={"keep_last": 1})
+    run = train_here(config)
+    begin(run)
+    bundle, uri, _ = publish(run)
+    storage.write(run.summary_uri, json.dumps({"status": "done", "bundle": uri, "digest": bundle.digest}).encode())
+    for step in checkpoint.list_steps(run.uri):
+        storage.delete(checkpoint.checkpoint_uri(run.uri, step))
+    summary = jobs.train.main(config)
+    assert (summary["status"], summary["bundle"]) == ("was done", uri)
+    with pytest.raises(RunError, match=r"expected the checkpoints of 'first', which has ended, to publish shapes/2 of"):
+        jobs.train.main(config.model_copy(update={"version": "2"}))
+
+
+def test_a_finished_training_of_which_only_the_best_checkpoint_is_gone_is_done_too(tmp_path: Path) -> None:
+    make_square_sets(tmp_path)
+    config = train_config(tmp_path, resume="auto")
+    run = train_here(config)
+    begin(run)
+    bundle, uri, last = publish(run)
+    storage.write(run.summary_uri, json.dumps({"status": "done", "bundle": uri, "digest": bundle.digest}).encode())
+    judged = [{"step": 1, "top1": 1.0}, *last["evaluations"]]  # another was the best
+    written = {**checkpoint.read(run.uri, run.num_steps), "evaluations": judged}
+    storage.delete(checkpoint.checkpoint_uri(run.uri, run.num_steps))
+    with CheckpointWriter(run.uri, config.checkpoint, since=run.num_steps - 1) as writer:
+        writer.write(written)
+    assert jobs.train.main(config)["status"] == "was done"

@@ -22,11 +22,13 @@ from tests.worlds import make_bundle
 LABELS = {"train": ["cat", "dog", "ant"] * 4, "evaluation": ["ant", "cat", "dog"]}
 
 
-def list_labels(root: Path, name: str, labels: list[str], start: int | None = None, **fields: Any) -> None:
+def list_labels(
+    root: Path, name: str, labels: list[str], start: int | None = None, label_kind: str = "names", **fields: Any
+) -> None:
     """The manifest `name` of images that have these labels; their bytes are nowhere."""
     first = {"train": 0, "evaluation": 1000}[name] if start is None else start
     rows = [(f"s3://bucket/{first + number}.jpg", 1, None, label) for number, label in enumerate(labels)]
-    write_manifest(str(root / name), Rows(rows), shard_size=5, **fields)
+    write_manifest(str(root / name), Rows(rows, label_kind=label_kind), shard_size=5, **fields)
 
 
 @pytest.fixture
@@ -314,6 +316,19 @@ def test_an_evaluation_set_may_lack_classes_where_equal_labels_mean_equal_classe
     list_labels(tmp_path, "train", LABELS["train"])
     list_labels(tmp_path, "evaluation", ["ant", "cat"], **fields)
     assert run_of(tmp_path).classes == ["ant", "cat", "dog"]
+
+
+def test_an_evaluation_set_may_have_bare_ids_of_the_training_sets_classes(tmp_path):
+    list_labels(tmp_path, "train", LABELS["train"])
+    list_labels(tmp_path, "evaluation", ["2", "0"], label_kind="ids")
+    assert run_of(tmp_path).classes == ["ant", "cat", "dog"]
+
+
+def test_an_evaluation_set_of_ids_that_no_class_has_is_refused(tmp_path):
+    list_labels(tmp_path, "train", LABELS["train"])
+    list_labels(tmp_path, "evaluation", ["2", "3"], label_kind="ids")
+    with pytest.raises(ManifestError, match="expected ids of the training set's 3 classes, got one of 3"):
+        run_of(tmp_path)
 
 
 def test_training_and_evaluating_on_the_same_image_is_refused(tmp_path):
