@@ -9,14 +9,16 @@ window holds whole shards (but for those that a lane's ends cut), so that packed
 an epoch are as even as can be: no batch at its end is too small for its norms.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+Draws: TypeAlias = npt.NDArray[np.float64]
 _SHARDS, _WINDOW, _DRAWS = range(3)  # what random numbers are for
 
 
@@ -71,7 +73,7 @@ class EpochOrder:
                 yield Window(window.shard_ids[skip:], window.rows[skip:])
             done += size
 
-    def draws(self, step: int, num_images: int, num_draws: int) -> npt.NDArray[np.float64]:
+    def draws(self, step: int, num_images: int, num_draws: int) -> Draws:
         """Random numbers in [0, 1) for the images of a step, float64 num_images×num_draws."""
         return self._rng(_DRAWS, step).random((num_images, num_draws))
 
@@ -111,6 +113,10 @@ class Steps:
     def per_epoch(self) -> int:
         return -(-self.num_images // self.batch_size)
 
+    def epoch(self, step: int) -> int:
+        """That of a step, from 0."""
+        return step // self.per_epoch
+
     def bounds(self, step: int) -> tuple[int, int]:
         """The first position of a step in its epoch, and the one after its last."""
         per_epoch = self.per_epoch
@@ -122,3 +128,56 @@ class Steps:
         positions = np.arange(*self.bounds(step))
         share: IntArray = positions[positions % self.num_lanes % world_size == rank]
         return share
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A rank's part of each step of `span`, steps of a run whose epochs are in the order that `order` gives."""
+
+    steps: Steps
+    order: Callable[[int], EpochOrder]
+    num_draws: int
+    span: range
+    rank: int
+    world_size: int
+
+    @property
+    def lanes(self) -> range:
+        """Those of the rank, if it does a step at all."""
+        return range(self.rank, self.steps.num_lanes if self.span else 0, self.world_size)
+
+    def windows(self, lane: int) -> Iterator[Window]:
+        """The windows of a lane from its first image in the span to the end of the last step's epoch."""
+        start, _ = self.steps.bounds(self.span[0])
+        first = -(-(start - lane) // self.steps.num_lanes)
+        for epoch in range(self.steps.epoch(self.span[0]), self.steps.epoch(self.span[-1]) + 1):
+            yield from self._kept_order(epoch).windows(lane, first)
+            first = 0
+
+    def num_global(self, step: int) -> int:
+        """The images of a step on all ranks."""
+        start, end = self.steps.bounds(step)
+        return end - start
+
+    def positions(self, step: int) -> list[int]:
+        """In the step's epoch."""
+        positions: list[int] = self.steps.share(step, self.rank, self.world_size).tolist()
+        return positions
+
+    def draws(self, step: int) -> Draws:
+        """The random numbers of the rank's images, float64 n×num_draws."""
+        start, end = self.steps.bounds(step)
+        order, in_epoch = self._kept_order(self.steps.epoch(step)), step % self.steps.per_epoch
+        share = self.steps.share(step, self.rank, self.world_size) - start
+        return order.draws(in_epoch, end - start, self.num_draws)[share]
+
+    def sizes_and_draws(self, size_at: Callable[[int], int]) -> Iterator[tuple[int, Draws]]:
+        """Of each image of the span, in order; `size_at` gives a step's size."""
+        for step in self.span:
+            size = size_at(step)
+            yield from ((size, draws) for draws in self.draws(step))
+
+    @cached_property
+    def _kept_order(self) -> Callable[[int], EpochOrder]:
+        """That of an epoch, kept for its lanes and for those that are in the next one already."""
+        return lru_cache(maxsize=2)(self.order)

@@ -9,7 +9,7 @@ An image that fails keeps its place, black and without weight, so that a batch i
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -20,16 +20,15 @@ import torch
 from pipeline import storage
 from pipeline.data.decoders import NO_CAUTION, Caution, guarded_decoder
 from pipeline.data.readers import LOOSE_BYTES_AHEAD, ImageRef, ReadLimits, fetch_image, image_refs, read_shard
-from pipeline.data.sampler import EpochOrder, Steps, Window
+from pipeline.data.sampler import Draws, EpochOrder, Parts, Steps, Window
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError, ImageError, StorageError
+from pipeline.errors import ImageError, StorageError
 
 _LISTED_ROWS = 1000  # of a table, that are made objects at once
 _LISTED_SCHEMA = pa.schema(  # large strings: those of a lane may be more than 2 GB
     [("uri", pa.large_string()), ("size", pa.int64()), ("etag", pa.large_string()), ("label", pa.int64())]
 )
 
-Draws: TypeAlias = npt.NDArray[np.float64]
 Geometry: TypeAlias = Callable[[torch.Tensor, int, Draws], torch.Tensor]
 """Crops one decoded image to a square: (uint8 3×H×W, size, draws) to uint8 3×size×size."""
 
@@ -53,10 +52,10 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainLoader:
-    """Reads a worker's batches of any epoch.
+    """Reads a worker's batches of any steps of a run.
 
-    `num_threads` decode; `size_at` gives the side of the crop at a step of an epoch; `errors` collects the images that
-    failed, by uri.
+    `num_threads` decode; `size_at` gives the side of the crop at a step; `errors` collects the images that failed, by
+    uri.
     """
 
     images: TrainingSet
@@ -81,6 +80,10 @@ class TrainLoader:
         window = self.shuffle_window if self.images.is_packed else None
         return EpochOrder(self.images.shard_sizes, self.seed, epoch, self.num_lanes, window)
 
+    def parts(self, steps: range, rank: int, world_size: int) -> Parts:
+        """A rank's part of each of these steps of a run."""
+        return Parts(self.steps, self.order, self.num_draws, steps, rank, world_size)
+
     def batches(
         self, steps: range, *, rank: int, world_size: int, size_at: Callable[[int], int]
     ) -> Iterator[TrainBatch]:
@@ -88,7 +91,7 @@ class TrainLoader:
 
         Nothing is raised for an image, StorageError for a store that fails: its images would be missing.
         """
-        parts = _Parts(self, steps, rank, world_size)
+        parts = self.parts(steps, rank, world_size)
         decoded = self._decoded_ahead(self._ordered(parts), parts.sizes_and_draws(size_at))
         return self._batches(decoded, parts, size_at)
 
@@ -99,11 +102,11 @@ class TrainLoader:
         uncut = replace(self, geometry=lambda image, size, draws: image)
         return uncut._decoded_ahead(self._items(shards), itertools.repeat((0, np.empty(0))))
 
-    def _ordered(self, parts: "_Parts") -> Iterator["_Item"]:
+    def _ordered(self, parts: Parts) -> Iterator["_Item"]:
         lanes = {lane: self._items(parts.windows(lane)) for lane in parts.lanes}
         fronts = storage.map_concurrently(lambda items: next(items, None), lanes.values(), len(lanes) or 1)
         heads = dict(zip(lanes, fronts, strict=True))  # the first windows at once, not one after the other
-        for step in parts.steps:
+        for step in parts.span:
             for position in parts.positions(step):
                 lane = position % self.num_lanes
                 yield heads.pop(lane, None) or next(lanes[lane])
@@ -189,9 +192,9 @@ class TrainLoader:
         return _Decoded(item.ref.uri, item.label, None)
 
     def _batches(
-        self, decoded: Iterator["_Decoded"], parts: "_Parts", size_at: Callable[[int], int]
+        self, decoded: Iterator["_Decoded"], parts: Parts, size_at: Callable[[int], int]
     ) -> Iterator[TrainBatch]:
-        for step in parts.steps:
+        for step in parts.span:
             part = [next(decoded) for _ in parts.positions(step)]
             size = size_at(step)
             black = torch.zeros(3, size, size, dtype=torch.uint8)
@@ -223,58 +226,6 @@ class _Decoded:
     pixels: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """A rank's part of each of these steps of a run."""
-
-    loader: TrainLoader
-    steps: range
-    rank: int
-    world_size: int
-
-    @property
-    def lanes(self) -> range:
-        """Those of the rank, if it does a step at all."""
-        return range(self.rank, self.loader.num_lanes if self.steps else 0, self.world_size)
-
-    def windows(self, lane: int) -> Iterator[Window]:
-        """The windows of a lane from its first image in these steps to the end of the last one's epoch."""
-        start, _ = self.loader.steps.bounds(self.steps[0])
-        first = -(-(start - lane) // self.loader.num_lanes)
-        for epoch in range(self._epoch(self.steps[0]), self._epoch(self.steps[-1]) + 1):
-            yield from self.order(epoch).windows(lane, first)
-            first = 0
-
-    def num_global(self, step: int) -> int:
-        start, end = self.loader.steps.bounds(step)
-        return end - start
-
-    def positions(self, step: int) -> list[int]:
-        """In the step's epoch."""
-        positions: list[int] = self.loader.steps.share(step, self.rank, self.world_size).tolist()
-        return positions
-
-    def draws(self, step: int) -> Draws:
-        start, end = self.loader.steps.bounds(step)
-        share = self.loader.steps.share(step, self.rank, self.world_size) - start
-        in_epoch = step % self.loader.steps.per_epoch
-        order = self.order(self._epoch(step))
-        return order.draws(in_epoch, end - start, self.loader.num_draws)[share]
-
-    def sizes_and_draws(self, size_at: Callable[[int], int]) -> Iterator[tuple[int, Draws]]:
-        for step in self.steps:
-            size = size_at(step)
-            yield from ((size, draws) for draws in self.draws(step))
-
-    @cached_property
-    def order(self) -> Callable[[int], EpochOrder]:
-        """That of an epoch, kept for its lanes and for those that are in the next one already."""
-        return lru_cache(maxsize=2)(self.loader.order)
-
-    def _epoch(self, step: int) -> int:
-        return step // self.loader.steps.per_epoch
-
-
 def _by_shard(window: Window) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     """Each shard of a window, and the places of its images in it."""
     places = np.argsort(window.shard_ids, kind="stable")
@@ -299,67 +250,3 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`, copied from pinned memory: else the host waits until a GPU has done its work."""
     is_copied_to_gpu = device.type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if is_copied_to_gpu else tensor).to(device, non_blocking=True)
-
-
-class CachedLoader:
-    """The same batches out of a set that stays decoded, all of it on `device`; for images of one size.
-
-    `crop` is the loader's geometry for a whole batch on the device: (uint8 n×3×H×W, size, draws float64 n×num_draws) to
-    uint8 n×3×size×size. Raises ConfigError where images differ in size.
-    """
-
-    def __init__(
-        self,
-        loader: TrainLoader,
-        device: torch.device,
-        crop: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._loader, self._crop = loader, crop
-        images = list(loader.whole_images())
-        shapes = {tuple(image.pixels.shape) for image in images if image.pixels is not None}
-        if len(shapes) != 1:
-            raise ConfigError(f"data.cache: expected images of one size, got {len(shapes)} sizes; use cache none")
-        black = torch.zeros(shapes.pop(), dtype=torch.uint8)
-        self._pixels = torch.stack([black if image.pixels is None else image.pixels for image in images]).to(device)
-        self._labels = torch.tensor([image.label for image in images], device=device)
-        self._weights = torch.tensor([float(image.pixels is not None) for image in images], device=device)
-        self._uris = [image.uri for image in images]
-
-    @property
-    def steps(self) -> Steps:
-        return self._loader.steps
-
-    @property
-    def errors(self) -> dict[str, ImageError]:
-        return self._loader.errors
-
-    def batches(
-        self, steps: range, *, rank: int, world_size: int, size_at: Callable[[int], int]
-    ) -> Iterator[TrainBatch]:
-        """This rank's part of each of these steps of a run."""
-        parts = _Parts(self._loader, steps, rank, world_size)
-        for epoch, of_epoch in itertools.groupby(steps, lambda step: step // self.steps.per_epoch):
-            lanes = self._places(epoch)
-            yield from (self._batch(parts, step, lanes, size_at(step)) for step in of_epoch)
-
-    def _places(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """Of each lane's images, in their order."""
-        order = replace(self._loader.order(epoch), shuffle_window=None)  # all of it is in memory
-        starts = np.cumsum(order.shard_sizes) - order.shard_sizes
-        lanes = (order.windows(lane) for lane in range(order.num_lanes))
-        return [np.concatenate([starts[window.shard_ids] + window.rows for window in windows]) for windows in lanes]
-
-    def _batch(self, parts: _Parts, step: int, lanes: list[npt.NDArray[np.int64]], size: int) -> TrainBatch:
-        num_lanes = len(lanes)
-        places = [lanes[p % num_lanes][p // num_lanes] for p in parts.positions(step)]
-        chosen = to_device(torch.tensor(places, dtype=torch.int64), self._pixels.device)
-        draws = torch.from_numpy(parts.draws(step))
-        return TrainBatch(
-            step,
-            parts.num_global(step),
-            [self._uris[place] for place in places],
-            self._crop(self._pixels[chosen], size, draws),
-            self._labels[chosen],
-            self._weights[chosen],
-            draws,
-        )

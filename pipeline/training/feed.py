@@ -8,9 +8,10 @@ from functools import partial
 import torch
 
 from pipeline import storage
+from pipeline.data.cached_loader import CachedLoader
 from pipeline.data.decoders import NO_CAUTION, Caution, is_deadly
 from pipeline.data.decoding_processes import decoded_by_processes, free_shared_memory
-from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
+from pipeline.data.train_loader import TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, ImageError
 from pipeline.training import augment

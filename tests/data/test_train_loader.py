@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.data.cached_loader import CachedLoader
 from pipeline.data.decoders import Caution
 from pipeline.data.readers import ReadLimits
-from pipeline.data.train_loader import CachedLoader, TrainBatch, TrainLoader
+from pipeline.data.train_loader import TrainBatch, TrainLoader
 from pipeline.data.training_set import TrainingSet
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ConfigError, ImageError
