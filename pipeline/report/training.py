@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.report.charts import Floats, Line, draw_lines
-from pipeline.report.confusion import Counts, choose_classes, draw_confusion, find_confusions, find_worst_classes
+from pipeline.report.confusion import Confusion, choose_classes, draw_confusion, find_confusions, find_worst_classes
 from pipeline.report.page import (
     Bar,
     render_bars,
@@ -60,8 +60,8 @@ class TrainingReport:
     top5, loss, num_images, num_errors. Accuracies and shares are 0 to 1; what is None, missing or no finite number is
     not drawn."""
     classes: Sequence[str]
-    confusion: Counts | None
-    """int64, C×C, rows the truth, of the weights that are published; None where nothing was evaluated."""
+    confusion: Confusion | None
+    """Of the weights that are published; None where nothing was evaluated."""
     hardest: Sequence[HardImage]
     errors: Mapping[str, int]
     """Images that could not be used, by kind."""
@@ -70,12 +70,11 @@ class TrainingReport:
 def render(report: TrainingReport) -> str:
     """The report as one HTML document, without scripts and without a request to anywhere.
 
-    Raises ValueError where `confusion` is not C×C for the C classes.
+    Raises ValueError where `confusion` is of another number of classes.
     """
-    if report.confusion is not None and report.confusion.shape != (len(report.classes),) * 2:
+    if report.confusion is not None and report.confusion.num_classes != len(report.classes):
         raise ValueError(
-            f"expected a confusion matrix of {len(report.classes)} × {len(report.classes)}, a row and a column for "
-            f"each class, got {' × '.join(map(str, report.confusion.shape))}"
+            f"expected a confusion of {len(report.classes)} classes, got one of {report.confusion.num_classes}"
         )
     return render_page(
         f"{report.title}: {report.run_id}",
@@ -182,7 +181,7 @@ def _tell_bad_losses(train: Records) -> str:
 
 def _render_confusion(report: TrainingReport) -> str:
     confusion, classes = report.confusion, report.classes
-    if confusion is None or not confusion.any():
+    if confusion is None or not len(confusion.counts):
         return ""
     chosen = choose_classes(confusion)
     what = (

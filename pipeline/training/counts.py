@@ -1,63 +1,68 @@
 """What an evaluation finds: counts that add up over ranks, images that failed, images that were hardest."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
-Reduce: TypeAlias = Callable[[torch.Tensor], object]
-"""Sums a tensor over all ranks, in place, as `torch.distributed.all_reduce` does."""
+from pipeline.report.confusion import Confusion
 
+IntArray: TypeAlias = npt.NDArray[np.int64]
+Gather: TypeAlias = Callable[[Any], list[Any]]
+"""Every rank's value, in the order of ranks, on each, as `Worker.gather` has it."""
+
+_COLUMNS = ("truths", "answers", "counts")
 _COUNTED = ("num_images", "num_errors", "top1", "top5")
 _DERIVED = ("top1_accuracy", "top5_accuracy", "top1_error", "top5_error", "loss")
 
 
 @dataclass(eq=False, slots=True)
 class Counts:
-    """What was counted; adds up over ranks. `confusion` int64 C×C holds the images judged: row truth, column answer."""
+    """What was counted; adds up over ranks. `pairs` holds the images judged, by truth · C + answer of C classes.
 
-    confusion: IntArray
+    Only pairs that occurred are held, never more than images: C×C would be gigabytes for tens of thousands of classes.
+    """
+
+    num_classes: int
+    pairs: Counter[int] = field(default_factory=Counter)
     num_errors: int = 0
     top5: int = 0
     loss_sum: float = 0.0
 
-    @classmethod
-    def empty(cls, num_classes: int) -> Self:
-        return cls(np.zeros((num_classes, num_classes), np.int64))
+    def add(self, truths: IntArray, answers: IntArray) -> None:
+        """Count N images as judged, by their class ids."""
+        self.pairs.update((truths * self.num_classes + answers).tolist())
 
-    def summed(self, reduce: Reduce, device: torch.device) -> "Counts":
-        """The counts of all ranks together."""
-        tensor = self.to_tensor().to(device)
-        loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=device)
-        reduce(tensor)
-        reduce(loss_sum)
-        return Counts.from_tensor(tensor, loss_sum.item())
+    def summed(self, gather: Gather) -> "Counts":
+        """The counts of all ranks together, the same on each."""
+        total = Counts(self.num_classes)
+        for counts in gather(self):
+            total.pairs.update(counts.pairs)
+            total.num_errors += counts.num_errors
+            total.top5 += counts.top5
+            total.loss_sum += counts.loss_sum
+        return total
 
-    def to_tensor(self) -> torch.Tensor:
-        """All integers as one int64 vector of 2 + C·C; the loss stays behind."""
-        return torch.from_numpy(np.concatenate([np.array([self.num_errors, self.top5]), self.confusion.ravel()]))
-
-    @classmethod
-    def from_tensor(cls, tensor: torch.Tensor, loss_sum: float) -> Self:
-        """What `to_tensor` made, and the loss beside it."""
-        num_errors, top5 = tensor[:2].tolist()
-        num_classes = math.isqrt(len(tensor) - 2)
-        confusion = tensor[2:].cpu().numpy().reshape(num_classes, num_classes)
-        return cls(confusion, num_errors, top5, loss_sum)
+    @property
+    def confusion(self) -> Confusion:
+        """The images judged, by truth and answer."""
+        pairs = np.array(sorted(self.pairs.items()), np.int64).reshape(-1, 2)
+        truths, answers = np.divmod(pairs[:, 0], self.num_classes)
+        return Confusion(self.num_classes, truths, answers, pairs[:, 1])
 
     @property
     def num_images(self) -> int:
         """The images judged; those of `num_errors` are not among them."""
-        return int(self.confusion.sum())
+        return self.pairs.total()
 
     @property
     def top1(self) -> int:
-        return int(self.confusion.trace())
+        return sum(self.pairs[label_id * (self.num_classes + 1)] for label_id in range(self.num_classes))
 
     @property
     def top1_accuracy(self) -> float:
@@ -88,29 +93,22 @@ class Counts:
 
     def by_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """For JSON, each class in the order of the ids, since names may repeat; without images its accuracy is None."""
-        num_images, num_right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        confusion = self.confusion
+        num_images, num_right = confusion.by_truth().tolist(), confusion.right().tolist()
         return [
             {"class": name, "num_images": images, "top1": right, "top1_accuracy": right / images if images else None}
             for name, images, right in zip(classes, num_images, num_right, strict=True)
         ]
 
 
-def to_entries(confusion: IntArray) -> dict[str, torch.Tensor]:
-    """What is not zero in a confusion: int64 `truths`, `answers` and `counts`.
-
-    Of many classes it is little beside C×C: at most an entry for each image.
-    """
-    truths, answers = np.nonzero(confusion)
-    columns = {"truths": truths, "answers": answers, "counts": confusion[truths, answers]}
-    return {name: torch.from_numpy(column) for name, column in columns.items()}
+def to_entries(confusion: Confusion) -> dict[str, torch.Tensor]:
+    """The columns of a confusion as checkpoints keep them: int64 `truths`, `answers` and `counts`."""
+    return {name: torch.tensor(getattr(confusion, name)) for name in _COLUMNS}
 
 
-def from_entries(entries: Mapping[str, torch.Tensor | Sequence[int]], num_classes: int) -> IntArray:
+def from_entries(entries: Mapping[str, torch.Tensor | Sequence[int]], num_classes: int) -> Confusion:
     """The confusion that `to_entries` was told."""
-    confusion = Counts.empty(num_classes).confusion
-    truths, answers, counts = (np.asarray(entries[name], np.int64) for name in ("truths", "answers", "counts"))
-    confusion[truths, answers] = counts
-    return confusion
+    return Confusion(num_classes, *(np.asarray(entries[name], np.int64) for name in _COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,17 @@ from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, ManifestError, RunError, StorageError
 from pipeline.models.catalog import Network
-from pipeline.training.counts import Counts, FailedImage, HardImage, IntArray, Outcome, Reduce
+from pipeline.training.counts import Counts, FailedImage, Gather, HardImage, IntArray, Outcome
 from pipeline.training.protocol import Protocol
 from pipeline.training.views import make_views, of_equal_shapes
 from pipeline.training.worker import Worker
 
 _CPU = torch.device("cpu")
 _TOP = 5
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +92,15 @@ def parts_of(manifest: Manifest, rank: int = 0, world_size: int = 1) -> Iterator
 
 
 def check_labels(
-    manifest: Manifest,
-    num_classes: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Reduce | None = None,
-    device: torch.device = _CPU,
+    manifest: Manifest, num_classes: int, *, rank: int = 0, world_size: int = 1, gather: Gather = _alone
 ) -> None:
     """Raise ManifestError, on every rank, where images have no label or one that is not below `num_classes`."""
-    wrong = torch.zeros(2, dtype=torch.int64)
+    wrong = np.zeros(2, np.int64)
     for part in parts_of(manifest, rank, world_size):
         labels = part.images(manifest)["label"]
         is_outside = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes))
-        wrong += torch.tensor([labels.null_count, pc.sum(is_outside).as_py() or 0])
-    wrong = wrong.to(device)
-    if reduce is not None:
-        reduce(wrong)
-    num_unlabelled, num_outside = wrong.tolist()
+        wrong += [labels.null_count, pc.sum(is_outside).as_py() or 0]
+    num_unlabelled, num_outside = np.sum(gather(wrong), 0).tolist()
     if num_unlabelled or num_outside:
         raise ManifestError(
             f"expected a label from 0 to {num_classes - 1} for each of the {manifest.num_images} images in "
@@ -123,24 +119,23 @@ def evaluate(
     *,
     rank: int = 0,
     world_size: int = 1,
-    reduce: Reduce | None = None,
+    gather: Gather = _alone,
     on_progress: Callable[[int], None] = lambda num_images: None,
 ) -> Outcome:
     """Judge this rank's share of the images; the counts are those of all ranks, the same on each.
 
     The network is on `setup.device`, in channels_last where its answers are to be those of `predict` bit for bit; it is
-    run in eval mode, and each of its modules has its own mode back afterwards. `reduce` is called equally often on
-    every rank, with tensors on that device. `on_progress` hears the number of images done by this rank.
+    run in eval mode, and each of its modules has its own mode back afterwards. `gather` is called equally often on
+    every rank. `on_progress` hears the number of images done by this rank.
 
     Raises ManifestError as `check_labels` does, before any image is read; RunError where not one image could be judged
     or more than `max_error_rate` could not; StorageError, on the rank that meets it, where the store fails: the figures
     would depend on its weather.
     """
-    assert world_size == 1 or reduce is not None
-    num_classes, device = network.num_classes, setup.device
-    check_labels(manifest, num_classes, rank=rank, world_size=world_size, reduce=reduce, device=device)
+    assert world_size == 1 or gather is not _alone
+    check_labels(manifest, network.num_classes, rank=rank, world_size=world_size, gather=gather)
     outcome = evaluate_parts(network, manifest, parts_of(manifest, rank, world_size), setup, on_progress=on_progress)
-    counts = outcome.counts if reduce is None else outcome.counts.summed(reduce, device)
+    counts = outcome.counts.summed(gather)
     assert counts.num_images + counts.num_errors == manifest.num_images
     kinds = dict(Counter(f"{failed.stage}/{failed.error}" for failed in outcome.errors))
     if not counts.num_images:
@@ -172,7 +167,7 @@ def evaluate_together(
         setup,
         rank=worker.rank,
         world_size=worker.world_size,
-        reduce=worker.sum,
+        gather=worker.gather,
         on_progress=on_progress,
     )
     errors = [failed for of_rank in worker.gather(outcome.errors) for failed in of_rank]
@@ -189,7 +184,7 @@ def evaluate_parts(
     on_progress: Callable[[int], None] = lambda num_images: None,
 ) -> Outcome:
     """Judge the images of `parts`, whose labels are known to be in order; as `evaluate`, for one process."""
-    outcome = Outcome(Counts.empty(network.num_classes), [], [])
+    outcome = Outcome(Counts(network.num_classes), [], [])
     num_done = 0
     with (
         _in_eval_mode(network),
@@ -207,7 +202,7 @@ def evaluate_parts(
 def _evaluate_part(
     network: Network, manifest: Manifest, part: Part, setup: Setup, decode: Decode, outcome: Outcome
 ) -> None:
-    """Add what is found of a part to `outcome`, in place: of many classes the counts are large."""
+    """Add what is found of a part to `outcome`, in place."""
     images = part.images(manifest)
     uris, labels = images["uri"].to_pylist(), images["label"].to_numpy()
     num_judged, log = 0, LoadLog()
@@ -256,7 +251,7 @@ class _Judged:
     def count_in(self, counts: Counts) -> int:
         """Add the images with finite answers to `counts`; their number."""
         good = self.is_finite
-        np.add.at(counts.confusion, (self.labels[good], self.predicted[good]), 1)
+        counts.add(self.labels[good], self.predicted[good])
         counts.top5 += int(self.is_in_top5[good].sum())
         counts.loss_sum += float(self.losses[good].sum())
         return int(good.sum())

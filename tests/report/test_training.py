@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from pipeline.report.confusion import Confusion
 from pipeline.report.training import HardImage, TrainingReport, render, summarise
+from tests.confusions import confusion_of, traced_peak
 
 JPEG = b"\xff\xd8\xff\xe0 pretend this is a picture \xff\xd9"
 HOSTILE = "<script>alert('1')</script> \"quoted\" & 猫\n\udcff\u202egpj.exe"
@@ -75,7 +77,7 @@ def new_report(**changes) -> TrainingReport:
             "evaluations": [evaluation(500, 0.7), evaluation(1000, 0.846)],
         },
         classes=["cat", "dog", "ship"],
-        confusion=np.array([[70, 30, 0], [10, 90, 0], [0, 0, 50]]),
+        confusion=confusion_of([[70, 30, 0], [10, 90, 0], [0, 0, 50]]),
         hardest=[HardImage("s3://bucket/cat/1.jpg", "cat", "dog", 0.93, JPEG)],
         errors={"truncated": 3},
     )
@@ -206,9 +208,10 @@ def test_few_classes_are_all_in_the_matrix_with_their_counts():
 
 
 def test_of_many_classes_only_the_most_confused_are_drawn_and_it_says_so():
-    confusion = np.diag(np.full(1000, 50))
-    confusion[7, 900], confusion[3, 4] = 40, 20
-    page = Page(render(new_report(classes=[f"class {index}" for index in range(1000)], confusion=confusion)))
+    matrix = np.diag(np.full(1000, 50))
+    matrix[7, 900], matrix[3, 4] = 40, 20
+    classes = [f"class {index}" for index in range(1000)]
+    page = Page(render(new_report(classes=classes, confusion=confusion_of(matrix))))
     cells = [data.split(":")[0] for tag, data in page.texts if tag == "title"][1:]
     drawn = list(dict.fromkeys(cell.split(" → ")[0] for cell in cells))
     assert drawn == ["class 7", "class 900", "class 3", "class 4"]
@@ -216,28 +219,28 @@ def test_of_many_classes_only_the_most_confused_are_drawn_and_it_says_so():
 
 
 def test_a_thousand_classes_that_all_are_confused_fit_the_page():
-    confusion = np.random.default_rng(0).integers(0, 5, (1000, 1000))
+    confusion = confusion_of(np.random.default_rng(0).integers(0, 5, (1000, 1000)))
     html = render(new_report(classes=[f"class {index}" for index in range(1000)], confusion=confusion))
     assert "The 24 of 1,000 classes most confused." in Page(html).told()
     assert len(html) < 400_000
 
 
 def test_many_classes_without_an_error_have_no_matrix():
-    confusion = np.diag(np.full(1000, 50))
+    confusion = confusion_of(np.diag(np.full(1000, 50)))
     page = Page(render(new_report(classes=[str(index) for index in range(1000)], confusion=confusion)))
     assert "Every image was classified rightly." in page.told()
     assert "Worst classes" not in page.told()
 
 
-@pytest.mark.parametrize("confusion", [np.zeros((3, 3), np.int64), np.array([[0, 0, 0], [0, 9, 0], [0, 1, 0]])])
-def test_classes_without_images_do_no_harm(confusion):
-    page = Page(render(new_report(confusion=confusion)))
-    assert ("Confusion matrix" in page.told()) == bool(confusion.any())
+@pytest.mark.parametrize("matrix", [np.zeros((3, 3), np.int64), np.array([[0, 0, 0], [0, 9, 0], [0, 1, 0]])])
+def test_classes_without_images_do_no_harm(matrix):
+    page = Page(render(new_report(confusion=confusion_of(matrix))))
+    assert ("Confusion matrix" in page.told()) == bool(matrix.any())
     assert "nan" not in page.told()
 
 
 def test_one_class_is_a_matrix_too():
-    page = Page(render(new_report(classes=["all"], confusion=np.array([[5]]))))
+    page = Page(render(new_report(classes=["all"], confusion=confusion_of([[5]]))))
     assert "all → all: 5 (100.0 %)" in [data for _, data in page.texts]
 
 
@@ -249,8 +252,17 @@ def test_the_worst_classes_come_first_with_their_share():
     assert widths == ["width:30.0%", "width:10.0%", "width:100.0%", "width:33.3%", "width:100.0%"]
 
 
-def test_a_matrix_of_other_classes_is_refused():
-    with pytest.raises(ValueError, match=r"expected a confusion matrix of 2 × 2.*got 3 × 3"):
+def test_twenty_thousand_classes_take_no_matrix_in_memory():
+    num_classes = 20_000
+    truths = np.arange(num_classes)
+    confusion = Confusion(num_classes, truths, (truths + 1) % num_classes, truths + 1)
+    report = new_report(classes=[f"class {index}" for index in range(num_classes)], confusion=confusion)
+    assert traced_peak(lambda: render(report)) < 50e6  # a matrix is 3,200e6
+    assert "The 24 of 20,000 classes most confused." in Page(render(report)).told()
+
+
+def test_a_confusion_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match="expected a confusion of 2 classes, got one of 3"):
         render(new_report(classes=["cat", "dog"]))
 
 

@@ -6,8 +6,9 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +32,7 @@ from pipeline.tables import open_table
 from pipeline.training import evaluate as module
 from pipeline.training.evaluate import Setup, check_labels, evaluate, parts_of
 from pipeline.training.protocol import Protocol
+from tests.confusions import matrix_of, traced_peak
 from tests.manifests import Rows, fresh, some_rows
 from tests.worlds import list_images, make_world, run_without_ray
 
@@ -39,29 +41,28 @@ SETUP = Setup(preprocessing=PREPROCESSING, batch_size=4, keep_hardest=100)
 CROPPING = replace(SETUP, preprocessing=Preprocessing(resize_size=40, crop_size=32))
 
 
-class AllReduce:
-    """A sum over `world_size` threads, each of which brings a tensor and takes the sum away in it."""
+class Meeting:
+    """Where `world_size` threads bring a value each, and take those of all away."""
 
     def __init__(self, world_size: int) -> None:
         self._barrier = threading.Barrier(world_size, timeout=60)
-        self._tensors: list[torch.Tensor] = []
+        self._values: list[Any] = [None] * world_size
 
-    def __call__(self, tensor: torch.Tensor) -> None:
-        self._tensors.append(tensor.clone())
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
         self._barrier.wait()
-        tensor.copy_(torch.stack(self._tensors).sum(0))
-        if self._barrier.wait() == 0:
-            self._tensors.clear()
+        values = list(self._values)
         self._barrier.wait()
+        return values
 
 
 def on_ranks(world_size: int, work) -> list:
-    """`work(rank=, world_size=, reduce=)` on as many threads, as ranks; what each returned or raised."""
-    reduce = AllReduce(world_size)
+    """`work(rank=, world_size=, gather=)` on as many threads, as ranks; what each returned or raised."""
+    meeting = Meeting(world_size)
 
     def on_rank(rank: int):
         try:
-            return work(rank=rank, world_size=world_size, reduce=reduce)
+            return work(rank=rank, world_size=world_size, gather=partial(meeting.gather, rank))
         except Exception as error:
             return error
 
@@ -135,7 +136,7 @@ def test_counts_are_the_same_for_any_number_of_ranks(world, manifest, alone, wor
     outcomes = on_ranks(world_size, lambda **ranks: evaluate(network_of(world), manifest, SETUP, **ranks))
     assert (alone.counts.num_images, alone.counts.num_errors) == (27, 3)
     for outcome in outcomes:
-        np.testing.assert_array_equal(outcome.counts.confusion, alone.counts.confusion)
+        assert outcome.counts.pairs == alone.counts.pairs
         assert (outcome.counts.num_errors, outcome.counts.top5) == (3, alone.counts.top5)
         assert outcome.counts.loss == pytest.approx(alone.counts.loss)
     seen = Counter(image.uri for outcome in outcomes for image in [*outcome.errors, *outcome.hardest])
@@ -166,7 +167,8 @@ def test_packed_shards_are_cut_between_ranks_too(world, manifest, alone, tmp_pat
     assert packed.num_shards == 1
     outcomes = on_ranks(3, lambda **ranks: evaluate(network_of(world), packed, SETUP, **ranks))
     assert all(0 < len(outcome.hardest) + len(outcome.errors) < len(rows) for outcome in outcomes)
-    assert all(np.array_equal(outcome.counts.confusion[:2], alone.counts.confusion[:2]) for outcome in outcomes)
+    matrices = [matrix_of(outcome.counts.confusion) for outcome in (alone, *outcomes)]
+    assert all(matrix[:2] == matrices[0][:2] for matrix in matrices)
     assert all(outcome.counts.num_images + outcome.counts.num_errors == len(rows) for outcome in outcomes)
 
 
@@ -197,10 +199,7 @@ def test_one_crop_answers_what_predict_answers(world, manifest, alone):
     truth = {row["uri"]: row["label"] for row in rows_of(manifest)}
     assert alone.counts.top1 == sum(row["label_id"] == truth[row["uri"]] for row in predicted)
     assert alone.counts.top5 == sum(truth[row["uri"]] in row["topk_label_ids"] for row in predicted)
-    confusion = np.zeros((6, 6), int)
-    for row in predicted:
-        confusion[truth[row["uri"]], row["label_id"]] += 1
-    np.testing.assert_array_equal(alone.counts.confusion, confusion)
+    assert alone.counts.pairs == Counter(6 * truth[row["uri"]] + row["label_id"] for row in predicted)
 
 
 def test_the_loss_is_the_mean_cross_entropy(world, tmp_path):
@@ -365,7 +364,13 @@ def test_an_image_that_the_network_answers_with_nan_is_an_error_and_not_a_wrong_
 def test_with_fewer_than_five_classes_all_are_among_the_best_five(tmp_path):
     manifest = write_two_classes(tmp_path)
     counts = evaluate(build("cifar_resnet8", 2), manifest, SETUP).counts
-    assert (counts.top5_accuracy, counts.confusion.sum(1).tolist()) == (1.0, [2, 1])
+    assert (counts.top5_accuracy, counts.confusion.by_truth().tolist()) == (1.0, [2, 1])
+
+
+def test_of_twenty_thousand_classes_only_what_was_answered_takes_memory(manifest):
+    network = build("cifar_resnet8", 20_000)
+    peak = traced_peak(lambda: evaluate(network, manifest, SETUP))
+    assert peak < 100e6  # a matrix of the classes is 3,200e6
 
 
 def write_two_classes(root) -> Manifest:

@@ -6,11 +6,10 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -21,10 +20,11 @@ from pipeline.errors import ImageError, RunError
 from pipeline.training import checkpoint, logbook
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.config import CheckpointConfig
-from pipeline.training.counts import Counts, HardImage, Outcome, from_entries
+from pipeline.training.counts import HardImage, Outcome, from_entries
 from pipeline.training.logbook import Logbook, Pace
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
+from tests.confusions import counts_of, matrix_of
 from tests.manifests import fresh
 from tests.training_worlds import train_config
 
@@ -60,7 +60,8 @@ def names(count: int, rank: int = 0) -> list[str]:
     return [f"{rank}-{number}.jpg" for number in range(count)]
 
 
-OUTCOME = Outcome(Counts(np.array([[3, 1], [0, 4]]), 2, 8, 4.0), [], [HardImage("s3://b/1.jpg", 0, 1, 0.9, 2.5)])
+COUNTS = replace(counts_of([[3, 1], [0, 4]]), num_errors=2, top5=8, loss_sum=4.0)
+OUTCOME = Outcome(COUNTS, [], [HardImage("s3://b/1.jpg", 0, 1, 0.9, 2.5)])
 
 
 # --- several ranks, as threads ---------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_an_evaluation_is_entered_and_told():
     assert log.evaluations == [
         {"step": 5, "epoch": 0.5, "top1": 7 / 8, "top5": 1.0, "loss": 0.5, "num_images": 8, "num_errors": 2}
     ]
-    assert from_entries(log.last_outcome["confusion"], 2).tolist() == [[3, 1], [0, 4]]
+    assert matrix_of(from_entries(log.last_outcome["confusion"], 2)) == [[3, 1], [0, 4]]
     assert log.last_outcome["hardest"][0]["uri"] == "s3://b/1.jpg"
     assert told[-1]["evaluation_top1"] == 7 / 8
 
