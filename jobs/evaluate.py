@@ -20,6 +20,7 @@ from pipeline.config import ClusterConfig, JobConfig, Section
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.data.training_set import refuse_other_classes
+from pipeline.errors import StorageError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AskedFloatPrecision
@@ -57,7 +58,8 @@ class EvaluateConfig(JobConfig):
     registry: str | None = None
     """URI of the registry that names of bundles are looked up in."""
     output: str | None = None
-    """URI of a folder to write evaluation.json, errors.parquet and report.html to; unset: only the summary is told."""
+    """URI of a folder to write config.yaml, evaluation.json, errors.parquet and report.html to; unset: only the summary
+    is told."""
     protocol: Protocol = Protocol()
     """Which views of an image are judged."""
     images: ReadLimits = ReadLimits()
@@ -80,6 +82,9 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     bundle = Bundle.load(bundle_uri)
     refuse_other_classes(manifest, bundle.classes)  # what is wrong here is said before a cluster is waited for
     config.protocol.check(bundle.preprocessing)
+    output = None if config.output is None else storage.normalise(config.output)
+    if output is not None:  # the first file of it, so that a place that takes none is found before the work
+        storage.write(storage.join(output, "config.yaml"), config.to_yaml().encode())
     from pipeline.training.verdict import Verdict
 
     with connected_ray(config.cluster) as nodes:
@@ -87,12 +92,16 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         outcome, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)
     verdict = Verdict(bundle, bundle_uri, manifest, config.protocol, config.compute.precision, outcome)
     duration_s = round(time.monotonic() - start, 1)
-    output = None if config.output is None else storage.normalise(config.output)
+    of_run = {"device": device, "num_workers": num_workers, "duration_s": duration_s, "output": output}
+    summary = {**verdict.summary(), **of_run}
     if output is not None:
         facts = {"device": device, "workers": str(num_workers), "time": f"{duration_s} s"}
-        verdict.write(output, config.to_yaml(), facts, config.images)
-    of_run = {"device": device, "num_workers": num_workers, "duration_s": duration_s, "output": output}
-    return {"status": "done", **verdict.summary(), **of_run}
+        try:
+            verdict.write(output, config.to_yaml(), facts, config.images)
+        except StorageError as error:
+            told = {**error.details, **summary}
+            raise type(error)(f"{error}; this summary has the figures that were found", **told) from error
+    return {"status": "done", **summary}
 
 
 def _judge(

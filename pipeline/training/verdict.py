@@ -1,5 +1,6 @@
 """The verdict on a bundle: the network judged over all ranks, and what is written of that.
 
+<output>/config.yaml       what was asked, there before an image is read
 <output>/evaluation.json   every figure: counts, accuracy by class, confusion
 <output>/errors.parquet    the images that could not be judged
 <output>/report.html       the same to look at
@@ -82,7 +83,10 @@ class Verdict:
         }
 
     def write(self, output_uri: str, config_yaml: str, facts: Mapping[str, str], limits: ReadLimits) -> None:
-        """Write the three files; `facts` stand in the report, whose pictures are read within `limits`."""
+        """Write what was found; `facts` stand in the report, whose pictures are read within `limits`.
+
+        Raises StorageError.
+        """
         files = {
             "evaluation.json": json.dumps(self._everything(), allow_nan=False).encode(),
             "errors.parquet": encode(self._errors_table()),

@@ -2,15 +2,23 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import evaluate as job
 from jobs.demo_images import CLASSES
+from jobs.evaluate import EvaluateConfig
+from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest
+from pipeline.errors import StorageError
 from pipeline.tables import open_table
+from pipeline.training.evaluate import Setup
+from pipeline.training.verdict import judge_bundle
+from pipeline.training.worker import Worker
 from tests.manifests import images_of
 from tests.worlds import make_world, run_job
 
@@ -67,6 +75,58 @@ def test_one_and_two_workers_count_the_same(world, by_one_worker, tmp_path):
     assert found[0] == found[1]
     assert by_two[0]["loss"] == pytest.approx(by_one_worker[0]["loss"])
     assert (found[0][0]["num_images"], found[0][0]["num_errors"]) == (27, 3)
+
+
+# --- in this process, without Ray ------------------------------------------------------------------------------------
+
+
+def config_of(world: Path, **fields: Any) -> EvaluateConfig:
+    places = {name: str(world / name) for name in ("manifest", "registry")}
+    return EvaluateConfig(**{**places, "bundle": "tiny", "max_error_rate": 0.1, **fields})
+
+
+@pytest.fixture
+def no_ray(monkeypatch) -> None:
+    """Whoever asks for a cluster fails."""
+
+    def refuse(*_args):
+        raise AssertionError("a cluster was asked for")
+
+    monkeypatch.setattr(job, "connected_ray", refuse)
+
+
+@pytest.fixture
+def judged_here(monkeypatch) -> None:
+    """One worker, this process, judges."""
+
+    def judge(config, manifest, bundle_uri, bundle, nodes, device):
+        setup = Setup(preprocessing=bundle.preprocessing, max_error_rate=config.max_error_rate)
+        return judge_bundle(bundle_uri, manifest.uri, setup, config.compute.precision, Worker()), 1
+
+    monkeypatch.setattr(job, "connected_ray", lambda awaited: nullcontext([Node(2, 0)]))
+    monkeypatch.setattr(job, "_judge", judge)
+
+
+def test_the_output_tells_what_was_asked(world, tmp_path, judged_here):
+    config = config_of(world, output=str(tmp_path))
+    job.main(config)
+    assert (tmp_path / "config.yaml").read_text() == config.to_yaml()
+
+
+def test_an_output_that_takes_nothing_is_told_before_a_cluster_is_asked_for(world, tmp_path, no_ray):
+    (tmp_path / "taken").write_text("a file, and no folder")
+    with pytest.raises(StorageError, match=r"taken/evaluation/config\.yaml"):
+        job.main(config_of(world, output=str(tmp_path / "taken/evaluation")))
+
+
+def test_where_writing_fails_at_the_end_the_summary_has_the_figures(world, tmp_path, judged_here):
+    figures = job.main(config_of(world))
+    (tmp_path / "evaluation.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"evaluation\.json.*this summary has the figures") as refusal:
+        job.main(config_of(world, output=str(tmp_path)))
+    assert figures["num_images"] == 27
+    for name in ("top1", "top1_error", "loss", "num_images", "bundle_digest", "errors_by_kind"):
+        assert refusal.value.details[name] == figures[name]
 
 
 # --- bad input, said before a Ray is waited for ----------------------------------------------------------------------
