@@ -82,11 +82,12 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     bundle = Bundle.load(bundle_uri)
     refuse_other_classes(manifest, bundle.classes)  # what is wrong here is said before a cluster is waited for
     config.protocol.check(bundle.preprocessing)
+    from pipeline.training.verdict import Verdict, refuse_scales  # torch, 4 s
+
+    refuse_scales(bundle, config.protocol)
     output = None if config.output is None else storage.normalise(config.output)
     if output is not None:  # the first file of it, so that a place that takes none is found before the work
         storage.write(storage.join(output, "config.yaml"), config.to_yaml().encode())
-    from pipeline.training.verdict import Verdict
-
     with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)
         outcome, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)

@@ -69,7 +69,8 @@ def main(config: ImportConfig) -> dict[str, Any]:
     adapted = foreign.adapt(weights, network, config.rename)
     fill(network, adapted.weights, config.source)
     remedy = "change preprocessing.crop_size, or the architecture's arguments"
-    refuse_size(network.eval(), preprocessing.crop_size, torch.device("cpu"), remedy)
+    size = preprocessing.crop_size
+    refuse_size(network.eval(), size, size, torch.device("cpu"), remedy)
     bundle, data = pack(
         network,
         name=config.name,

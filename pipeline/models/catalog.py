@@ -97,15 +97,15 @@ def build(architecture: str, /, num_classes: int, **arguments: Any) -> Network:
     return Network(classifier, _head_name(architecture, classifier))
 
 
-def refuse_size(network: nn.Module, size: int, device: torch.device, remedy: str) -> None:
-    """Raise ConfigError where the network, in the mode it is in, cannot take two images of `size` by `size` pixels."""
+def refuse_size(network: nn.Module, height: int, width: int, device: torch.device, remedy: str) -> None:
+    """Raise ConfigError where the network, in the mode it is in, cannot take two images of that many pixels."""
     try:
         with torch.no_grad():
-            network.forward(torch.zeros(2, 3, size, size, device=device))  # a call would compile what compiles
+            network.forward(torch.zeros(2, 3, height, width, device=device))  # a call would compile what compiles
     except Exception as error:  # each network has its own
         first_line = str(error).partition("\n")[0]
         raise ConfigError(
-            f"expected a network that takes images of {size} by {size} pixels, got {type(error).__name__}: "
+            f"expected a network that takes images of {height} by {width} pixels, got {type(error).__name__}: "
             f"{first_line}; {remedy}"
         ) from error
 

@@ -185,7 +185,7 @@ class Trainee:
     def refuse_size(self, size: int) -> None:
         """Raise ConfigError where the network cannot take images of that side."""
         remedy = "change augment.size, augment.progressive or evaluation.preprocessing, or the architecture"
-        refuse_size(self._network, size, self._worker.device, remedy)
+        refuse_size(self._network, size, size, self._worker.device, remedy)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

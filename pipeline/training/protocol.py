@@ -16,7 +16,7 @@ class Protocol(Section):
     """one_crop: that of the preprocessing, which inference uses. ten_crop: the four corners and the centre of the
     resized image, and their mirror images (Krizhevsky et al. 2012, section 4.1). multi_scale: the whole image, resized
     to each of `scales`, global average pooling making one score of it (He et al. 2015, arXiv:1512.03385, section
-    3.4)."""
+    3.4); not for networks of one input size."""
     flip: bool = False
     """Average with the mirror image, for one_crop and multi_scale."""
     scales: list[Annotated[int, Field(ge=2, le=2048)]] = Field([224, 256, 384, 480, 640], min_length=1)

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipeline.data.decoders import Caution
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle, load_network
+from pipeline.models.catalog import build, refuse_size
 from pipeline.models.precision import AskedFloatPrecision, autocast_type, compute_repeatably
 from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
@@ -29,6 +31,25 @@ from pipeline.training.counts import Outcome, to_entries
 from pipeline.training.evaluate import Setup, evaluate_together
 from pipeline.training.protocol import Protocol
 from pipeline.training.worker import Worker
+
+
+def refuse_scales(bundle: Bundle, protocol: Protocol) -> None:
+    """Raise ConfigError where `protocol` shows whole images, which are seldom square, and the network takes none.
+
+    It is shown one of each scale, without weights but where it cannot be made without; nothing is computed.
+    """
+    if protocol.views != "multi_scale":
+        return
+    architecture, nowhere = bundle.architecture, torch.device("meta")
+    make = partial(build, architecture.name, len(bundle.classes), **architecture.arguments)
+    try:
+        with nowhere:
+            network = make()
+    except NotImplementedError:  # torchvision's RegNets compute with tensors while they are made
+        network = make().to(nowhere)
+    remedy = "protocol.views: multi_scale shows whole images, use one_crop or ten_crop, or larger protocol.scales"
+    for scale in protocol.scales:
+        refuse_size(network.eval(), scale, 3 * scale // 2, nowhere, remedy)
 
 
 def judge_bundle(

@@ -14,7 +14,8 @@ from jobs.demo_images import CLASSES
 from jobs.evaluate import EvaluateConfig
 from pipeline.cluster import Node
 from pipeline.data.manifest import Manifest
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError, StorageError
+from pipeline.models.bundle import Architecture, Bundle
 from pipeline.tables import open_table
 from pipeline.training.evaluate import Setup
 from pipeline.training.verdict import judge_bundle
@@ -117,6 +118,16 @@ def test_an_output_that_takes_nothing_is_told_before_a_cluster_is_asked_for(worl
     (tmp_path / "taken").write_text("a file, and no folder")
     with pytest.raises(StorageError, match=r"taken/evaluation/config\.yaml"):
         job.main(config_of(world, output=str(tmp_path / "taken/evaluation")))
+
+
+def test_a_network_of_one_input_size_is_shown_no_whole_images(world, tmp_path, no_ray):
+    bundle = Bundle.load(str(world / "registry/tiny/1"))
+    of_one_size = bundle.model_copy(update={"architecture": Architecture(name="vit_b_32")})
+    (tmp_path / "model.json").write_text(of_one_size.model_dump_json())
+    fields = {"bundle": str(tmp_path), "output": str(tmp_path / "evaluation")}
+    with pytest.raises(ConfigError, match="takes images of 224 by 336 pixels, got AssertionError"):
+        job.main(config_of(world, **fields, protocol={"views": "multi_scale"}))
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_where_writing_fails_at_the_end_the_summary_has_the_figures(world, tmp_path, judged_here):

@@ -11,13 +11,14 @@ from pipeline import storage
 from pipeline.data.decoders import WatchedDecoder
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
-from pipeline.models.bundle import Bundle
+from pipeline.errors import ConfigError
+from pipeline.models.bundle import Architecture, Bundle
 from pipeline.tables import schemas
 from pipeline.training import evaluate
 from pipeline.training.counts import from_entries
 from pipeline.training.evaluate import Setup
 from pipeline.training.protocol import Protocol
-from pipeline.training.verdict import Verdict, judge_bundle
+from pipeline.training.verdict import Verdict, judge_bundle, refuse_scales
 from pipeline.training.worker import Worker
 from tests.confusions import matrix_of
 from tests.worlds import make_world
@@ -83,6 +84,29 @@ def test_where_workers_begin_again_images_are_decoded_isolated(world, monkeypatc
     worker = Worker(begin=lambda step: begins_again and step == 0)
     judge_bundle(bundle_uri, str(world / "manifest"), setup, "float32", worker)
     assert isolations == [begins_again]
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "maxvit_t"])
+def test_whole_images_are_not_for_networks_of_one_input_size(verdict, name):
+    bundle = verdict.bundle.model_copy(update={"architecture": Architecture(name=name)})
+    refuse_scales(bundle, Protocol())
+    expected = r"takes images of 224 by 336 pixels, got \w+Error: .*; protocol\.views: .* use one_crop or ten_crop"
+    with pytest.raises(ConfigError, match=expected):
+        refuse_scales(bundle, Protocol(views="multi_scale"))
+
+
+def test_scales_that_shrink_to_nothing_are_refused(verdict):
+    bundle = verdict.bundle.model_copy(update={"architecture": Architecture(name="alexnet")})
+    refuse_scales(bundle, Protocol(views="multi_scale", scales=[64, 224]))
+    with pytest.raises(ConfigError, match="takes images of 16 by 24 pixels"):
+        refuse_scales(bundle, Protocol(views="multi_scale", scales=[224, 16]))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "swin_t", "regnet_y_400mf"])
+def test_whole_images_are_for_networks_of_any_input_size(verdict, name):
+    refuse_scales(
+        verdict.bundle.model_copy(update={"architecture": Architecture(name=name)}), Protocol(views="multi_scale")
+    )
 
 
 def test_bfloat16_is_asked_for_by_name(world, verdict):
