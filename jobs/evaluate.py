@@ -23,7 +23,7 @@ from pipeline.data.training_set import refuse_other_classes
 from pipeline.errors import StorageError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
-from pipeline.models.precision import AskedFloatPrecision
+from pipeline.models.precision import AskedFloatPrecision, FloatPrecision
 from pipeline.training.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class EvaluateComputeConfig(Section):
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs of one; unset: a fair share of the smallest node."""
     precision: AskedFloatPrecision = "float32"
-    """Of the forward pass; float32 is that of predict in float32, not compiled. auto: bfloat16 on GPUs that have it."""
+    """Of the forward pass; float32 is that of predict in float32, not compiled. auto: bfloat16 on GPUs that all
+    have it."""
 
 
 class EvaluateConfig(JobConfig):
@@ -90,8 +91,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         storage.write(storage.join(output, "config.yaml"), config.to_yaml().encode())
     with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)
-        outcome, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)
-    verdict = Verdict(bundle, bundle_uri, manifest, config.protocol, config.compute.precision, outcome)
+        outcome, precision, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)
+    verdict = Verdict(bundle, bundle_uri, manifest, config.protocol, precision, outcome)
     duration_s = round(time.monotonic() - start, 1)
     of_run = {"device": device, "num_workers": num_workers, "duration_s": duration_s, "output": output}
     summary = {**verdict.summary(), **of_run}
@@ -107,8 +108,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
 
 def _judge(
     config: EvaluateConfig, manifest: Manifest, bundle_uri: str, bundle: Bundle, nodes: list[Node], device: Device
-) -> tuple["Outcome", int]:
-    """What the ranks found, and how many they were."""
+) -> tuple["Outcome", FloatPrecision, int]:
+    """What the ranks found, what they computed in, and how many they were."""
     from pipeline.telemetry import EvaluationProgress
     from pipeline.training.evaluate import Setup
     from pipeline.training.trainer import choose_workers, run_workers
@@ -131,7 +132,7 @@ def _judge(
     )
     work = partial(judge_bundle, bundle_uri, manifest.uri, setup, compute.precision)
     with EvaluationProgress(num_images=manifest.num_images, interval_s=config.progress_interval_s) as progress:
-        outcome = run_workers(
+        outcome, precision = run_workers(
             work,
             workers,
             name="evaluate",
@@ -140,7 +141,7 @@ def _judge(
             stop_within_s=0,  # there is nothing to be saved
             meet_within_s=_MEET_WITHIN_S,
         )
-    return outcome, workers.most
+    return outcome, precision, workers.most
 
 
 if __name__ == "__main__":

@@ -40,10 +40,16 @@ def dtype_of(precision: Precision) -> "torch.dtype":
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
 
 
-def autocast_type(precision: AskedFloatPrecision, device: "torch.device") -> "torch.dtype | None":
-    """What autocast computes in, None for float32 throughout; auto: bfloat16 on GPUs that have it."""
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
+def float_precision(asked: AskedFloatPrecision, device: "torch.device") -> FloatPrecision:
+    """What autocast computes in; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device.type == "cuda" and has_fast_bfloat16(device) else "float32"
+
+
+def autocast_type(asked: AskedFloatPrecision, device: "torch.device") -> "torch.dtype | None":
+    """Torch's name of `float_precision`, None for float32 throughout."""
+    precision = float_precision(asked, device)
     warn_if_emulated(precision, device)
     return None if precision == "float32" else dtype_of(precision)
 

@@ -22,7 +22,13 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import build, refuse_size
-from pipeline.models.precision import AskedFloatPrecision, autocast_type, compute_repeatably
+from pipeline.models.precision import (
+    AskedFloatPrecision,
+    FloatPrecision,
+    autocast_type,
+    compute_repeatably,
+    float_precision,
+)
 from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
 from pipeline.tables import schemas
@@ -53,40 +59,43 @@ def refuse_scales(bundle: Bundle, protocol: Protocol) -> None:
 
 
 def judge_bundle(
-    bundle_uri: str, manifest_uri: str, setup: Setup, precision: AskedFloatPrecision, worker: Worker
-) -> Outcome:
-    """The work of one rank; its device, threads and what it computes in go over those of `setup`.
+    bundle_uri: str, manifest_uri: str, setup: Setup, asked: AskedFloatPrecision, worker: Worker
+) -> tuple[Outcome, FloatPrecision]:
+    """The work of one rank, and what it was computed in; its device and threads go over those of `setup`, as that does.
 
-    In float32 a GPU computes as it does for `predict`. Raises as `evaluate`, and BundleError.
+    Of ranks that auto finds different precisions for, each computes in float32, as a GPU then does for `predict`.
+    Raises as `evaluate`, and BundleError.
     """
-    computed_in = autocast_type(precision, worker.device)
-    if worker.device.type == "cuda" and computed_in is None:
+    found = set(worker.gather(float_precision(asked, worker.device)))
+    precision: FloatPrecision = found.pop() if len(found) == 1 else "float32"
+    if worker.device.type == "cuda" and precision == "float32":
         compute_repeatably()
     network = load_network(bundle_uri).to(worker.device)
-    return evaluate_together(
+    outcome = evaluate_together(
         network.to(memory_format=torch.channels_last),
         Manifest.open(manifest_uri),
         replace(
             setup,
             device=worker.device,
-            precision=computed_in,
+            precision=autocast_type(precision, worker.device),
             num_threads=worker.num_threads,
             caution=Caution(isolated=worker.should_isolate(0)),
         ),
         worker,
         on_progress=lambda num_images: worker.observe({"rank": worker.rank, "images": num_images}),
     )
+    return outcome, precision
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a bundle on a manifest, by a protocol."""
+    """What was found of a bundle on a manifest, by a protocol, computed in `precision`."""
 
     bundle: Bundle
     bundle_uri: str
     manifest: Manifest
     protocol: Protocol
-    precision: AskedFloatPrecision
+    precision: FloatPrecision
     outcome: Outcome
 
     def summary(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def judged_here(monkeypatch) -> None:
 
     def judge(config, manifest, bundle_uri, bundle, nodes, device):
         setup = Setup(preprocessing=bundle.preprocessing, max_error_rate=config.max_error_rate)
-        return judge_bundle(bundle_uri, manifest.uri, setup, config.compute.precision, Worker()), 1
+        return *judge_bundle(bundle_uri, manifest.uri, setup, config.compute.precision, Worker()), 1
 
     monkeypatch.setattr(job, "connected_ray", lambda awaited: nullcontext([Node(2, 0)]))
     monkeypatch.setattr(job, "_judge", judge)
@@ -112,6 +112,12 @@ def test_the_output_tells_what_was_asked(world, tmp_path, judged_here):
     config = config_of(world, output=str(tmp_path))
     job.main(config)
     assert (tmp_path / "config.yaml").read_text() == config.to_yaml()
+
+
+def test_what_auto_was_computed_in_is_recorded(world, tmp_path, judged_here):
+    summary = job.main(config_of(world, output=str(tmp_path), compute={"precision": "auto"}))
+    assert summary["precision"] == json.loads((tmp_path / "evaluation.json").read_text())["precision"] == "float32"
+    assert "<dd>float32</dd>" in (tmp_path / "report.html").read_text()
 
 
 def test_an_output_that_takes_nothing_is_told_before_a_cluster_is_asked_for(world, tmp_path, no_ray):

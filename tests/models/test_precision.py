@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.models import precision as precision_module
-from pipeline.models.precision import autocast_type, precisions
+from pipeline.models.precision import autocast_type, float_precision, precisions
 
 CPU = torch.device("cpu")
 
@@ -51,4 +51,12 @@ def test_float32_is_float32_on_a_gpu_whatever_the_environment_says():
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_cpus_train_and_evaluate_in_float32_unless_told_otherwise(caplog, precision):
     assert autocast_type(precision, CPU) is None
+    assert float_precision(precision, CPU) == "float32"
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("is_fast", "found"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_on_gpus_that_have_it(monkeypatch, is_fast, found):
+    monkeypatch.setattr("pipeline.models.precision.has_fast_bfloat16", lambda device: is_fast)
+    assert float_precision("auto", torch.device("cuda")) == found
+    assert float_precision("float16", torch.device("cuda")) == "float16"

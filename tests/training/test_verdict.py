@@ -36,8 +36,8 @@ def verdict(world) -> Verdict:
     bundle_uri = storage.normalise(str(world / "registry/tiny/1"))
     bundle, manifest = Bundle.load(bundle_uri), Manifest.open(str(world / "manifest"))
     setup = Setup(preprocessing=bundle.preprocessing, batch_size=8, keep_hardest=4)
-    outcome = judge_bundle(bundle_uri, manifest.uri, setup, "float32", Worker())
-    return Verdict(bundle, bundle_uri, manifest, setup.protocol, "float32", outcome)
+    outcome, precision = judge_bundle(bundle_uri, manifest.uri, setup, "float32", Worker())
+    return Verdict(bundle, bundle_uri, manifest, setup.protocol, precision, outcome)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,25 @@ def test_whole_images_are_for_networks_of_any_input_size(verdict, name):
 
 def test_bfloat16_is_asked_for_by_name(world, verdict):
     setup = Setup(preprocessing=verdict.bundle.preprocessing, keep_hardest=4)
-    rounded = judge_bundle(verdict.bundle_uri, verdict.manifest.uri, setup, "bfloat16", Worker())
+    rounded, precision = judge_bundle(verdict.bundle_uri, verdict.manifest.uri, setup, "bfloat16", Worker())
+    assert precision == "bfloat16"
     assert rounded.counts.loss != verdict.outcome.counts.loss
     assert rounded.counts.loss == pytest.approx(verdict.outcome.counts.loss, rel=0.05)
+
+
+@pytest.mark.parametrize(("peers", "computed_in"), [("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_ranks_that_auto_finds_different_precisions_for_all_compute_in_float32(
+    verdict, monkeypatch, peers, computed_in
+):
+    class OneOfTwo(Worker):
+        def gather(self, value):
+            return [value, peers] if isinstance(value, str) else [value]
+
+    monkeypatch.setattr("pipeline.training.verdict.float_precision", lambda asked, device: "bfloat16")
+    setup = Setup(preprocessing=verdict.bundle.preprocessing, keep_hardest=4)
+    outcome, precision = judge_bundle(verdict.bundle_uri, verdict.manifest.uri, setup, "auto", OneOfTwo())
+    assert precision == computed_in
+    assert (outcome.counts.loss == pytest.approx(verdict.outcome.counts.loss, rel=1e-5)) == (precision == "float32")
 
 
 def test_the_json_has_every_figure(verdict, output):
