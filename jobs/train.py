@@ -16,7 +16,6 @@ from pipeline.data.training_set import TrainingSet
 from pipeline.errors import BundleError, RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
-from pipeline.training.bound import verdict
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, ended_run, make_run, read_summary, refuse_name
 
@@ -75,7 +74,7 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
 
     bundle, uri, last = publish(run)
     best = {name: metric.value for name, metric in bundle.metrics.items()}
-    pace = Pace.of(last)
+    pace, num_workers = Pace.of(last), last.get("num_workers", workers.most)  # earlier versions kept neither
     summary: dict[str, Any] = {
         "status": "done",
         "run_id": run.config.run_id,
@@ -89,9 +88,9 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
         "num_errors": len(last["errors"]),
         "images_per_s": round(pace.images_per_s, 1),
         "data_wait_share": round(pace.data_wait_share, 4),
-        "verdict": verdict(pace.images_per_s, pace.data_idle_share, pace.device_lag, on_gpu=run.device == "cuda"),
+        "verdict": pace.verdict(on_gpu=run.device == "cuda"),
         "device": run.device,
-        "num_workers": last["num_workers"],
+        "num_workers": num_workers,
         "train_s": round(pace.train_s, 1),
         "duration_s": round(time.monotonic() - start, 1),
         "report": storage.join(run.uri, "report.html"),
@@ -100,9 +99,9 @@ def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, A
         "time": f"{pace.train_s:,.1f} s in its steps",
         "images/s": f"{pace.images_per_s:,.0f}",
         "data-wait": f"{pace.data_wait_share:.1%}",
-        "bound": summary["verdict"],
+        "bound": summary["verdict"] or "not known",
         "device": run.device,
-        "workers": f"{last['num_workers']} of {workers.cpus_per_worker} CPUs",
+        "workers": f"{num_workers} of {workers.cpus_per_worker} CPUs",
         "training images": run.num_images,
         "network": run.architecture.name,
     }

@@ -8,6 +8,7 @@ An image that fails keeps its place, black and without weight, so that a batch i
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
@@ -112,9 +113,11 @@ class TrainLoader:
                 yield heads.pop(lane, None) or next(lanes[lane])
 
     def _items(self, windows: Iterator[Window]) -> Iterator["_Item"]:
-        """The images of windows, read one window ahead."""
-        load = self._load_packed if self.images.is_packed else self._load_listed
-        for items in storage.map_concurrently(load, windows, 1):
+        """The images of windows, of packed ones with their bytes, which are read one window ahead."""
+        if not self.images.is_packed:
+            yield from self._listed_items(windows)
+            return
+        for items in storage.map_concurrently(self._load_packed, windows, 1):
             yield from items
 
     def _load_packed(self, window: Window) -> Iterator["_Item"]:
@@ -135,19 +138,32 @@ class TrainLoader:
         labels = self.images.labels[shard_id].tolist()
         return map(_Item, image_refs(table)[:num_rows], labels, encoded)
 
-    def _load_listed(self, window: Window) -> Iterator["_Item"]:
-        """A window of loose images, still to be fetched: rows of a table until they are due, for a window is a lane.
+    def _listed_items(self, windows: Iterator[Window]) -> Iterator["_Item"]:
+        """The images of windows of loose ones, still to be fetched.
 
-        An image takes some hundred bytes then, its uri nearly all of them, and several times that as objects of Python.
+        A window is a lane of an epoch, so the next one is listed when little of it is left.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="listing") as pool:
+            upcoming = [pool.submit(self._list, window) for window in itertools.islice(windows, 1)]
+            while upcoming:
+                parts = upcoming.pop().result()
+                while parts:
+                    rows = parts.pop()
+                    if not parts:
+                        upcoming = [pool.submit(self._list, window) for window in itertools.islice(windows, 1)]
+                    for ref, label in zip(image_refs(rows), rows["label"].to_pylist(), strict=True):
+                        yield _Item(ref, label, None)
+
+    def _list(self, window: Window) -> list[pa.Table]:
+        """The rows of a window, some at a time, the last ones first: whoever pops them lets go of what was due.
+
+        As tables, in which an image takes some hundred bytes, and several times that as objects of Python.
         """
         shards = list(_by_shard(window))
         listed = pa.concat_tables(self._listed(shard_id, window.rows[places]) for shard_id, places in shards)
-        listed = listed.take(np.argsort(np.concatenate([places for _, places in shards])))
-        return (
-            _Item(ref, label, None)
-            for rows in listed.to_batches(_LISTED_ROWS)
-            for ref, label in zip(image_refs(rows), rows["label"].to_pylist(), strict=True)
-        )
+        order = np.argsort(np.concatenate([places for _, places in shards]))
+        starts = reversed(range(0, len(order), _LISTED_ROWS))
+        return [listed.take(order[start : start + _LISTED_ROWS]) for start in starts]
 
     def _listed(self, shard_id: int, rows: npt.NDArray[np.int64]) -> pa.Table:
         images = self.images.manifest.images(self.images.shards[shard_id]).select(_LISTED_SCHEMA.names)

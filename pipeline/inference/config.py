@@ -174,7 +174,8 @@ class PredictConfig(JobConfig):
     is certain, so that nobody goes on with next to nothing. What is done stays: a larger share goes on from there."""
     retry_errors: list[Annotated[str, Field(pattern=r"^(fetch|decode|preprocess|predict|encode)/\w+$")]] = Field([])
     """Kinds of errors, as `fetch/storage_error`: shards with rows of these are done again, which replaces all their
-    rows. For what has been mended since, a store's failures above all; a run does so each time that it is told."""
+    rows. For what has been mended since, a store's failures above all. Once, until the run has ended: what is stopped
+    meanwhile goes on."""
     compute: ComputeConfig = ComputeConfig()
     """Where the work runs."""
     dry_run: bool = False

@@ -12,7 +12,7 @@ from pipeline.inference import networks
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import sweep_trials
-from pipeline.inference.plan import Plan, Run
+from pipeline.inference.plan import Plan, Run, retrying_uri
 from pipeline.inference.reconcile import Totals, reconcile
 from pipeline.tables.writing import table_folder
 
@@ -33,30 +33,35 @@ def describe(plan: Plan) -> Summary:
 
 
 @contextmanager
-def recording_failure(plan: Plan) -> Iterator[None]:
-    """What ends the block by raising a PipelineError is told in `summary.json` too, where that can be written."""
+def recording_failure(plan: Plan, known: Summary) -> Iterator[None]:
+    """What ends the block by raising a PipelineError is told in `summary.json` too, where that can be written, with
+    what is `known` by then.
+    """
     try:
         yield
     except PipelineError as error:
         with suppress(StorageError):
-            _record(plan, {"status": "failed", **describe(plan)}, error)
+            _record(plan, {"status": "failed", **describe(plan), **known}, error)
         raise
 
 
 def until_too_many_errors(
-    receipts: Generator[Receipt, None, None], config: PredictConfig, *, num_images: int, num_left: int
+    receipts: Generator[Receipt, None, None], plan: Plan, config: PredictConfig, *, num_left: int
 ) -> Generator[Receipt, None, None]:
     """The receipts of the `num_left` images that are still to do, as they come.
 
-    Raises RunError once they have more errors than the config allows of all `num_images`, and more are still to come.
+    Raises RunError once these and those committed before have more errors than the config allows of all the run, and
+    more are still to come.
     """
-    num_done, num_errors = 0, 0
+    num_images = plan.run.num_images
+    earlier = read_receipts(plan.run.uri, plan.committed) if config.max_error_rate < 1 else ()
+    num_done, num_errors = num_images - num_left, sum(receipt.num_errors for receipt in earlier)
     with closing(receipts):
         for receipt in receipts:
             num_done += receipt.num_images
             num_errors += receipt.num_errors
             yield receipt
-            if num_errors > config.max_error_rate * num_images and num_done < num_left:
+            if num_errors > config.max_error_rate * num_images and num_done < num_images:
                 raise RunError(
                     f"expected at most {config.max_error_rate:.2%} of {num_images} images to be without a result "
                     f"(max_error_rate), {num_errors} of the first {num_done} are; the errors table says why. Raise it "
@@ -80,6 +85,7 @@ def conclude(plan: Plan, config: PredictConfig, totals: Totals, of_attempt: Summ
 
     Raises RunError where more images have no result than the config allows.
     """
+    storage.delete(retrying_uri(plan.run.uri))
     summary = {
         "status": "done" if plan.num_pending else "was done",
         **describe(plan),
@@ -109,7 +115,7 @@ def report_finished(plan: Plan, config: PredictConfig) -> Summary:
     start = time.monotonic()
     if config.dry_run or config.plan:
         return {"status": "dry run" if config.dry_run else "was done", **describe(plan)}
-    with recording_failure(plan):
+    with recording_failure(plan, {}):
         totals = prove(plan.run)
     of_attempt = {
         "images_per_s": 0.0,  # of this attempt

@@ -75,27 +75,32 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         estimate = estimate_run(plan, layout, nodes, config, run_shards).model_dump() if plan.num_pending else {}
         return {"status": "estimated" if estimate else "was done", **described, **estimate}
     record_run(plan, config)
+    return _attempt(plan, layout, nodes, config, start)
+
+
+def _attempt(plan: Plan, layout: Layout, nodes: Sequence[Node], config: PredictConfig, start: float) -> Summary:
+    """Do what is pending, prove all of the run, and say how it ended; it began at `start`, as time.monotonic tells."""
     observed = Observed()
-    num_images, num_left = manifest.num_images, sum(shard.num_images for shard in plan.pending_shards())
+    of_attempt: Summary = {"layout": asdict(layout)}
+    num_images, num_left = plan.run.num_images, sum(shard.num_images for shard in plan.pending_shards())
+
+    def figures() -> Summary:
+        duration_s = time.monotonic() - start
+        told = outcome(plan, layout, nodes, config, observed, duration_s)
+        return {"duration_s": round(duration_s, 1), "computed_in": networks.describe(plan.run), **told}
+
     receipts = observed.noting(refusing_unshared(run_shards(plan, layout), plan.run.output_uri))
-    with recording_failure(plan):
-        images_per_s = commit_receipts(
+    with recording_failure(plan, of_attempt):
+        of_attempt["images_per_s"] = commit_receipts(
             plan.run.uri,
-            until_too_many_errors(receipts, config, num_images=num_images, num_left=num_left),
+            until_too_many_errors(receipts, plan, config, num_left=num_left),
             num_images=num_images,
             num_done=num_images - num_left,
             progress_interval_s=config.progress_interval_s,
         )
+        of_attempt |= figures()  # should the proof fail
         totals = prove(plan.run)
-    duration_s = time.monotonic() - start
-    of_attempt = {
-        "layout": asdict(layout),
-        "images_per_s": images_per_s,
-        "duration_s": round(duration_s, 1),
-        "computed_in": networks.describe(plan.run),
-        **outcome(plan, layout, nodes, config, observed, duration_s),
-    }
-    return conclude(plan, config, totals, of_attempt)
+    return conclude(plan, config, totals, of_attempt | figures())
 
 
 def commit_receipts(

@@ -146,7 +146,8 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     run = run.model_copy(update=kept)
     _refuse_change(earlier, run)
     committed = committed_shard_ids(run.uri)
-    retried = _with_errors(run.uri, committed, config.retry_errors)
+    is_retrying = _retrying(run.uri) == sorted(config.retry_errors)  # then what is left to retry has no commit
+    retried = frozenset() if is_retrying else _with_errors(run, committed, config.retry_errors)
     return Plan(run, manifest, committed - retried, retried)
 
 
@@ -180,7 +181,7 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
         _refuse_change(earlier, plan.run)
     if plan.num_pending:
         storage.delete(plan.run.summary_uri)
-        uncommit(plan.run.uri, plan.retried)
+        _begin_retrying(plan, config.retry_errors)
         _warn_of_other_software(plan.run)
 
 
@@ -207,7 +208,7 @@ def _run_id(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
         [
             manifest.digest,
             [[model.name, model.digest] for model in models],
-            config.tables.deciding_fields(),
+            config.tables.model_dump(),
             config.images.max_pixels,
             *_unlike_default(config),
         ]
@@ -255,10 +256,42 @@ def _warn_of_other_software(run: Run) -> None:
         )
 
 
-def _with_errors(uri: str, committed: set[int], kinds: Sequence[str]) -> frozenset[int]:
+def _with_errors(run: Run, committed: set[int], kinds: Sequence[str]) -> frozenset[int]:
     """The committed shards with errors of these kinds."""
-    receipts = read_receipts(uri, committed) if kinds else ()
-    return frozenset(receipt.shard_id for receipt in receipts if not receipt.errors.keys().isdisjoint(kinds))
+    if not kinds:
+        return frozenset()
+    shards: dict[str, set[int]] = {}
+    for receipt in read_receipts(run.uri, committed):
+        for kind in receipt.errors:
+            shards.setdefault(kind, set()).add(receipt.shard_id)
+    found = frozenset(shard_id for kind in kinds for shard_id in shards.get(kind, ()))
+    if shards and not found:
+        logger.warning("run %s has no errors of %s; it has %s", run.run_id, ", ".join(kinds), ", ".join(sorted(shards)))
+    return found
+
+
+def _begin_retrying(plan: Plan, kinds: Sequence[str]) -> None:
+    """Withdraw the commits of what is tried again, and record that this is done: it is until the run has ended.
+
+    What another driver has redone since the plan was made, without these errors, stays.
+    """
+    if kinds:
+        left = committed_shard_ids(plan.run.uri) & plan.retried
+        uncommit(plan.run.uri, _with_errors(plan.run, left, kinds))
+        storage.write(retrying_uri(plan.run.uri), json.dumps(sorted(kinds)).encode())
+
+
+def _retrying(uri: str) -> list[str] | None:
+    try:
+        kinds: list[str] = json.loads(storage.read(retrying_uri(uri)))
+    except (ObjectNotFoundError, ValueError):
+        return None
+    return kinds
+
+
+def retrying_uri(uri: str) -> str:
+    """Where it is kept which kinds of errors a run is trying again, until it has ended."""
+    return storage.join(uri, "retrying.json")
 
 
 def _unlike_default(config: PredictConfig) -> list[Any]:

@@ -72,7 +72,7 @@ def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, cautio
         num_draws=augment.NUM_DRAWS,
         seed=config.seed,
         batch_size=config.batch_size,
-        num_lanes=min(config.data.num_lanes, run.num_images),
+        num_lanes=run.steps.num_lanes,
         shuffle_window=config.data.shuffle_window if config.data.cache == "none" else None,
         num_threads=config.data.decode_threads or worker.num_threads,
         pin_memory=worker.device.type == "cuda",

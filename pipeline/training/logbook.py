@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.data.decoders import is_deadly
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
-from pipeline.training.bound import idle_share
+from pipeline.training.bound import idle_share, verdict
 from pipeline.training.counts import Outcome, to_entries
 from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
@@ -48,6 +48,12 @@ class Pace:
         means = (sums.get(name, 0.0) / (seconds or 1.0) for name in ("images", "wait_s", "idle_s", "lag_s"))
         return cls(seconds, *means)
 
+    def verdict(self, *, on_gpu: bool) -> str | None:
+        """What bound it, in a sentence; None where no step is known."""
+        if not self.train_s:
+            return None
+        return verdict(self.images_per_s, self.data_idle_share, self.device_lag, on_gpu=on_gpu)
+
 
 class Logbook:
     """Sums up the steps since the last look, on the device, and at a look over all ranks.
@@ -72,7 +78,8 @@ class Logbook:
         self._restart_clock()
 
     def timed(self, batches: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
-        """The batches; the time that waiting for them takes is kept."""
+        """The batches; the time that waiting for them takes is kept, and time counts from now on."""
+        self._restart_clock()  # what has gone into the start until now is no step
         while True:
             start = time.perf_counter()
             batch = next(batches, None)

@@ -231,11 +231,12 @@ class Trainee:
         """Have DDP group gradients as from its second step on; the last bits of sums over three ranks and more, and
         so whether a run that goes on from a checkpoint equals an undisturbed one, depend on the groups.
 
-        On as many images as a rank mostly has, so that what is compiled is so for these.
+        On as many images as the rank has of its first step, so that what is compiled is so for these.
         """
         config = self._run.config
-        num_images = config.batch_size // (self._worker.world_size * config.optimizer.accumulation_steps)
-        self._partake(max(num_images, 2), augment.size_at(config.augment, 0.0))
+        num_images = len(self._run.steps.share(0, self._worker.rank, self._worker.world_size))
+        in_a_part = -(-num_images // config.optimizer.accumulation_steps)
+        self._partake(max(in_a_part, 2), augment.size_at(config.augment, 0.0))
         self._optimizer.zero_grad(set_to_none=True)
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:

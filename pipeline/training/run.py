@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import storage
 from pipeline.cluster import Device
 from pipeline.config import describe, refuse_change
+from pipeline.data.sampler import Steps
 from pipeline.data.training_set import TrainingSet, refuse_one_class, refuse_overlap
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ConfigError, ManifestError, ObjectExistsError, ObjectNotFoundError
@@ -89,8 +90,13 @@ class TrainingRun(BaseModel):
         return _summary_uri(self.uri)
 
     @property
+    def steps(self) -> Steps:
+        """Epochs, cut into steps and dealt to workers."""
+        return Steps(self.num_images, self.config.batch_size, min(self.config.data.num_lanes, self.num_images))
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-self.num_images // self.config.batch_size)
+        return self.steps.per_epoch
 
     @property
     def num_steps(self) -> int:

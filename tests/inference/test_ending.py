@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ReconcileError, RunError
-from pipeline.inference.commit import Receipt
-from pipeline.inference.ending import report_finished, until_too_many_errors
+from pipeline.inference.commit import Receipt, commit, committed_shard_ids
+from pipeline.inference.ending import recording_failure, report_finished, until_too_many_errors
 from pipeline.inference.plan import finished_plan, record_run, resolve_inputs
 from tests.worlds import config_of, make_world, plan_of, run_without_ray
 
@@ -52,6 +53,15 @@ def test_a_run_that_lost_a_file_since_it_ended_is_told_as_failed_until_it_is_who
     assert not {"error", "message"} & told.keys()
 
 
+def test_what_an_attempt_knows_is_told_where_it_fails(world):
+    plan = plan_of(world, run_id="fails")
+    with pytest.raises(RunError), recording_failure(plan, {"images_per_s": 7.0}):
+        raise RunError("a worker failed")
+    told = summary_of(world, "fails")
+    assert (told["status"], told["error"], told["message"]) == ("failed", "RunError", "a worker failed")
+    assert (told["num_pending"], told["images_per_s"]) == (4, 7)
+
+
 def test_a_run_that_is_at_work_again_has_no_summary(world):
     run = run_without_ray(world, run_id="again")
     storage.write(run.summary_uri, b"{}")
@@ -75,9 +85,14 @@ def receipts(closed: list[bool]) -> Generator[Receipt, None, None]:
         closed.append(True)
 
 
-def watched(world: Path, closed: list[bool], max_error_rate: float, num_left: int = 100) -> Iterator[Receipt]:
+def watched(world: Path, closed: list[bool], max_error_rate: float, committed: int = 0) -> Iterator[Receipt]:
+    plan = plan_of(world, run_id=f"errors-{committed}-{max_error_rate}")
+    for shard_id in range(100, 100 + committed):
+        commit(plan.run.uri, Receipt(shard_id, 10, 9, 1, {}, [], {}))
+    run = plan.run.model_copy(update={"num_images": 100 + 10 * committed})
+    plan = replace(plan, run=run, committed=committed_shard_ids(run.uri))
     config = config_of(world, max_error_rate=max_error_rate)
-    return until_too_many_errors(receipts(closed), config, num_images=100, num_left=num_left)
+    return until_too_many_errors(receipts(closed), plan, config, num_left=100)
 
 
 def test_a_run_stops_as_soon_as_it_has_more_errors_than_all_of_it_may_have(world):
@@ -90,6 +105,13 @@ def test_a_run_stops_as_soon_as_it_has_more_errors_than_all_of_it_may_have(world
     assert closed
 
 
-@pytest.mark.parametrize(("max_error_rate", "num_left"), [(0.1, 100), (1.0, 100), (0.099, 100)])
-def test_a_run_that_may_have_its_errors_or_is_through_with_all_is_not_stopped(world, max_error_rate, num_left):
-    assert len(list(watched(world, [], max_error_rate, num_left))) == 10
+def test_errors_of_earlier_attempts_count(world):
+    watching = watched(world, [], 0.03, committed=3)
+    assert next(watching).shard_id == 0
+    with pytest.raises(RunError, match=r"3\.00% of 130 images .* 4 of the first 40 are"):
+        next(watching)
+
+
+@pytest.mark.parametrize("max_error_rate", [0.1, 1.0, 0.099])
+def test_a_run_that_may_have_its_errors_or_is_through_with_all_is_not_stopped(world, max_error_rate):
+    assert len(list(watched(world, [], max_error_rate))) == 10

@@ -12,8 +12,8 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.errors import BundleError, ConfigError, ManifestError
 from pipeline.inference import plan as planning
-from pipeline.inference.commit import Receipt, commit, committed_shard_ids
-from pipeline.inference.ending import prove
+from pipeline.inference.commit import Receipt, commit, committed_shard_ids, read_receipts, uncommit
+from pipeline.inference.ending import conclude, prove
 from pipeline.inference.plan import finished_plan, list_run_ids, make_plan, read_run, record_run, resolve_inputs
 from pipeline.inference.reconcile import find_faults
 from tests.manifests import uris_of
@@ -78,11 +78,11 @@ def test_the_same_command_is_the_same_run_and_another_is_another(world):
     ],
 )
 def test_how_a_table_is_written_that_is_not_decides_nothing(world, names, idle, counting):
-    run_id = plan_of(world, tables={"names": names}).run.run_id
-    assert plan_of(world, tables={"names": names, **idle}).run.run_id == run_id
-    assert plan_of(world, tables={"names": names, **counting}).run.run_id != run_id
-    record(world, run_id=f"idle-{names[0]}", tables={"names": names, **idle})
-    assert plan_of(world, run_id=f"idle-{names[0]}", tables={"names": names}).num_pending == 4
+    run_id = f"idle-{names[0]}"
+    record(world, run_id=run_id, tables={"names": names, **idle})
+    assert plan_of(world, run_id=run_id, tables={"names": names}).num_pending == 4
+    with pytest.raises(ConfigError, match="tables: began with"):
+        plan_of(world, run_id=run_id, tables={"names": names, **counting})
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,40 @@ def test_shards_with_errors_that_are_retried_are_done_again_and_no_others(tmp_pa
     run_without_ray(tmp_path, run_id="retry", retry_errors=["fetch/not_found"])
     assert prove(run).num_errors == 1
     assert list(find_faults(run)) == []
+
+
+def test_a_retry_that_is_stopped_goes_on_and_does_not_begin_again(world, caplog):
+    run = run_without_ray(world, run_id="stopped-retry")
+    kinds = sorted(prove(run).errors)
+    fields = {"run_id": "stopped-retry", "retry_errors": kinds}
+    pending = [shard.shard_id for shard in plan_of(world, **fields).pending_shards()]
+    receipts = list(read_receipts(run.uri, set(pending)))
+    assert len(pending) > 1
+    record(world, **fields)
+    assert committed_shard_ids(run.uri) == {0, 1, 2, 3} - set(pending)
+    commit(run.uri, receipts[0])  # has the same errors again; then it is killed
+    assert [shard.shard_id for shard in plan_of(world, **fields).pending_shards()] == pending[1:]
+    run_without_ray(world, **fields)
+    conclude(plan_of(world, **fields), config_of(world, **fields), prove(run), {})
+    assert plan_of(world, **fields).num_pending == len(pending)  # asked for once more
+
+
+def test_a_retry_leaves_what_another_driver_has_mended_since(world):
+    run = run_without_ray(world, run_id="two-retries")
+    fields = {"run_id": "two-retries", "retry_errors": sorted(prove(run).errors)}
+    stale = plan_of(world, **fields)
+    mended, *others = sorted(stale.retried)
+    receipt = next(read_receipts(run.uri, {mended}))
+    uncommit(run.uri, {mended})
+    commit(run.uri, replace(receipt, num_predicted=receipt.num_images, num_errors=0, errors={}))
+    record_run(stale, config_of(world, **fields))
+    assert committed_shard_ids(run.uri) == {0, 1, 2, 3} - set(others)
+
+
+def test_a_kind_of_error_that_a_run_has_not_is_told_with_those_it_has(world, caplog):
+    run_without_ray(world, run_id="mistyped")
+    assert plan_of(world, run_id="mistyped", retry_errors=["decode/mistyped"]).num_pending == 0
+    assert "run mistyped has no errors of decode/mistyped; it has decode/" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["storage_error", "fetch/", "store/error", "fetch/Not found"])

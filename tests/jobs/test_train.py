@@ -17,6 +17,7 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.result import publish
 from pipeline.training.run import begin
+from pipeline.training.trainer import Workers
 from tests.training_worlds import make_square_sets, train_config, train_here
 
 
@@ -94,3 +95,15 @@ def test_a_finished_training_of_which_only_the_best_checkpoint_is_gone_is_done_t
     with CheckpointWriter(run.uri, config.checkpoint, since=run.num_steps - 1) as writer:
         writer.write(written)
     assert jobs.train.main(config)["status"] == "was done"
+
+
+def test_a_run_that_an_earlier_version_trained_to_its_end_is_concluded(tmp_path: Path) -> None:
+    make_square_sets(tmp_path)
+    run = train_here(train_config(tmp_path))
+    last = {**checkpoint.read(run.uri, run.num_steps)}
+    del last["pace"], last["num_workers"]
+    storage.delete(checkpoint.checkpoint_uri(run.uri, run.num_steps))
+    with CheckpointWriter(run.uri, run.config.checkpoint, since=run.num_steps - 1) as writer:
+        writer.write(last)
+    summary = jobs.train._conclude(run, Workers(2, 2, 1, False), 0.0)
+    assert (summary["num_workers"], summary["verdict"]) == (2, None)

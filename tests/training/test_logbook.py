@@ -236,6 +236,14 @@ def test_the_pace_is_that_of_all_steps_in_every_attempt(clock):
     assert pace.images_per_s == 40 / pace.train_s
     assert pace.data_wait_share == 6 / pace.train_s
     assert Pace.of({}) == Pace(0, 0, 0, 0, 0)  # a state of an earlier version
+    assert (pace.verdict(on_gpu=False) is None, Pace.of({}).verdict(on_gpu=False)) == (False, None)
+
+
+def test_what_goes_into_a_start_is_no_step(clock):
+    log = Logbook(run_of(epochs=1), Worker())
+    clock.move(1000)  # a cache is filled
+    steps_of(log, clock, wait_s=1, work_s=1)
+    assert log.history[0]["images_per_s"] == 5
 
 
 class Working(torch.Tensor):
