@@ -8,11 +8,11 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ObjectNotFoundError, PipelineError, RunError, StorageError
-from pipeline.inference import networks
+from pipeline.inference import networks, retries
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import sweep_trials
-from pipeline.inference.plan import Plan, Run, retrying_uri
+from pipeline.inference.plan import Plan, Run
 from pipeline.inference.reconcile import Totals, reconcile
 from pipeline.tables.writing import table_folder
 
@@ -85,7 +85,7 @@ def conclude(plan: Plan, config: PredictConfig, totals: Totals, of_attempt: Summ
 
     Raises RunError where more images have no result than the config allows.
     """
-    storage.delete(retrying_uri(plan.run.uri))
+    retries.end(plan.run.uri)
     summary = {
         "status": "done" if plan.num_pending else "was done",
         **describe(plan),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from pipeline.cluster import Device, default_batch_size
 from pipeline.config import describe, refuse_change
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
-from pipeline.inference.commit import committed_shard_ids, read_receipts, run_uri, uncommit
+from pipeline.inference import retries
+from pipeline.inference.commit import committed_shard_ids, run_uri
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.layout import Layout
 from pipeline.models import registry
@@ -146,8 +147,7 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     run = run.model_copy(update=kept)
     _refuse_change(earlier, run)
     committed = committed_shard_ids(run.uri)
-    is_retrying = _retrying(run.uri) == sorted(config.retry_errors)  # then what is left to retry has no commit
-    retried = frozenset() if is_retrying else _with_errors(run, committed, config.retry_errors)
+    retried = retries.find(run.uri, committed, config.retry_errors)
     return Plan(run, manifest, committed - retried, retried)
 
 
@@ -180,8 +180,9 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
         assert earlier is not None
         _refuse_change(earlier, plan.run)
     if plan.num_pending:
-        storage.delete(plan.run.summary_uri)
-        _begin_retrying(plan, config.retry_errors)
+        if storage.exists(plan.run.summary_uri):
+            storage.delete(plan.run.summary_uri)
+        retries.begin(plan.run.uri, plan.retried, config.retry_errors)
         _warn_of_other_software(plan.run)
 
 
@@ -254,44 +255,6 @@ def _warn_of_other_software(run: Run) -> None:
             run.run_id,
             *(", ".join(f"{name} {versions.get(name)}" for name in others) for versions in (began, now)),
         )
-
-
-def _with_errors(run: Run, committed: set[int], kinds: Sequence[str]) -> frozenset[int]:
-    """The committed shards with errors of these kinds."""
-    if not kinds:
-        return frozenset()
-    shards: dict[str, set[int]] = {}
-    for receipt in read_receipts(run.uri, committed):
-        for kind in receipt.errors:
-            shards.setdefault(kind, set()).add(receipt.shard_id)
-    found = frozenset(shard_id for kind in kinds for shard_id in shards.get(kind, ()))
-    if shards and not found:
-        logger.warning("run %s has no errors of %s; it has %s", run.run_id, ", ".join(kinds), ", ".join(sorted(shards)))
-    return found
-
-
-def _begin_retrying(plan: Plan, kinds: Sequence[str]) -> None:
-    """Withdraw the commits of what is tried again, and record that this is done: it is until the run has ended.
-
-    What another driver has redone since the plan was made, without these errors, stays.
-    """
-    if kinds:
-        left = committed_shard_ids(plan.run.uri) & plan.retried
-        uncommit(plan.run.uri, _with_errors(plan.run, left, kinds))
-        storage.write(retrying_uri(plan.run.uri), json.dumps(sorted(kinds)).encode())
-
-
-def _retrying(uri: str) -> list[str] | None:
-    try:
-        kinds: list[str] = json.loads(storage.read(retrying_uri(uri)))
-    except (ObjectNotFoundError, ValueError):
-        return None
-    return kinds
-
-
-def retrying_uri(uri: str) -> str:
-    """Where it is kept which kinds of errors a run is trying again, until it has ended."""
-    return storage.join(uri, "retrying.json")
 
 
 def _unlike_default(config: PredictConfig) -> list[Any]:
