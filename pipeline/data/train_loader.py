@@ -8,7 +8,8 @@ An image that fails keeps its place, black and without weight, so that a batch i
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ImageError, StorageError
 
 _LISTED_ROWS = 1000  # of a table, that are made objects at once
+_LISTED_AT_ONCE = 8  # lanes
 _LISTED_SCHEMA = pa.schema(  # large strings: those of a lane may be more than 2 GB
     [("uri", pa.large_string()), ("size", pa.int64()), ("etag", pa.large_string()), ("label", pa.int64())]
 )
@@ -101,23 +103,35 @@ class TrainLoader:
         sizes = enumerate(self.images.shard_sizes.tolist())
         shards = (Window(np.full(size, shard_id, np.int64), np.arange(size)) for shard_id, size in sizes)
         uncut = replace(self, geometry=lambda image, size, draws: image)
-        return uncut._decoded_ahead(self._items(shards), itertools.repeat((0, np.empty(0))))
+        with self._loading(1) as pool:
+            yield from uncut._decoded_ahead(self._items(shards, pool), itertools.repeat((0, np.empty(0))))
 
     def _ordered(self, parts: Parts) -> Iterator["_Item"]:
-        lanes = {lane: self._items(parts.windows(lane)) for lane in parts.lanes}
-        fronts = storage.map_concurrently(lambda items: next(items, None), lanes.values(), len(lanes) or 1)
-        heads = dict(zip(lanes, fronts, strict=True))  # the first windows at once, not one after the other
-        for step in parts.span:
-            for position in parts.positions(step):
-                lane = position % self.num_lanes
-                yield heads.pop(lane, None) or next(lanes[lane])
+        with self._loading(len(parts.lanes)) as pool:
+            lanes = {lane: self._items(parts.windows(lane), pool) for lane in parts.lanes}
+            fronts = storage.map_concurrently(lambda items: next(items, None), lanes.values(), len(lanes) or 1)
+            heads = dict(zip(lanes, fronts, strict=True))  # the first windows at once, not one after the other
+            for step in parts.span:
+                for position in parts.positions(step):
+                    lane = position % self.num_lanes
+                    yield heads.pop(lane, None) or next(lanes[lane])
 
-    def _items(self, windows: Iterator[Window]) -> Iterator["_Item"]:
+    @contextmanager
+    def _loading(self, num_lanes: int) -> Iterator[Executor]:
+        """Threads that load windows; few that only list, for Arrow keeps memory for each (10 MB with mimalloc)."""
+        num_threads = num_lanes if self.images.is_packed else min(num_lanes, _LISTED_AT_ONCE)
+        pool = ThreadPoolExecutor(max(num_threads, 1), thread_name_prefix="windows")
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _items(self, windows: Iterator[Window], pool: Executor) -> Iterator["_Item"]:
         """The images of windows, of packed ones with their bytes, which are read one window ahead."""
         if not self.images.is_packed:
-            yield from self._listed_items(windows)
+            yield from self._listed_items(windows, pool)
             return
-        for items in storage.map_concurrently(self._load_packed, windows, 1):
+        for items in storage.map_concurrently(self._load_packed, windows, 1, pool=pool):
             yield from items
 
     def _load_packed(self, window: Window) -> Iterator["_Item"]:
@@ -138,21 +152,20 @@ class TrainLoader:
         labels = self.images.labels[shard_id].tolist()
         return map(_Item, image_refs(table)[:num_rows], labels, encoded)
 
-    def _listed_items(self, windows: Iterator[Window]) -> Iterator["_Item"]:
+    def _listed_items(self, windows: Iterator[Window], pool: Executor) -> Iterator["_Item"]:
         """The images of windows of loose ones, still to be fetched.
 
         A window is a lane of an epoch, so the next one is listed when little of it is left.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="listing") as pool:
-            upcoming = [pool.submit(self._list, window) for window in itertools.islice(windows, 1)]
-            while upcoming:
-                parts = upcoming.pop().result()
-                while parts:
-                    rows = parts.pop()
-                    if not parts:
-                        upcoming = [pool.submit(self._list, window) for window in itertools.islice(windows, 1)]
-                    for ref, label in zip(image_refs(rows), rows["label"].to_pylist(), strict=True):
-                        yield _Item(ref, label, None)
+        upcoming = [pool.submit(self._list, window) for window in itertools.islice(windows, 1)]
+        while upcoming:
+            parts = upcoming.pop().result()
+            while parts:
+                rows = parts.pop()
+                if not parts:
+                    upcoming = [pool.submit(self._list, window) for window in itertools.islice(windows, 1)]
+                for ref, label in zip(image_refs(rows), rows["label"].to_pylist(), strict=True):
+                    yield _Item(ref, label, None)
 
     def _list(self, window: Window) -> list[pa.Table]:
         """The rows of a window, some at a time, the last ones first: whoever pops them lets go of what was due.
