@@ -1,6 +1,8 @@
 """A labelled manifest as training needs it: every label at hand, and no image in both training and evaluation."""
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +16,7 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ManifestError
 
 _MD5 = re.compile(r"[0-9a-f]{32}")  # the etag of an object that came in one PUT: its content's
+_NAMES_TOLD = 3
 _MD5_OF_NOTHING = "d41d8cd98f00b204e9800998ecf8427e"  # all empty objects have it, and are no image
 
 
@@ -99,8 +102,23 @@ def refuse_other_classes(manifest: Manifest, classes: Sequence[str]) -> None:
             raise ManifestError(
                 f"expected the classes of {manifest.uri!r} to be the network's {len(classes)} in their order, got "
                 f"{len(names)}, and label {label} is {name!r} where the network's is {meant!r}; make the manifest with "
-                "the network's names as `classes`, or with class ids as labels"
+                f"--classes {_on_a_command_line(classes)}, or with class ids as labels"
             )
+
+
+def refuse_other_labels(train: TrainingSet, evaluation: TrainingSet) -> None:
+    """Raises ManifestError where a label of the evaluation set is no class of the training set's, or means another."""
+    refuse_other_classes(evaluation.manifest, train.classes)
+    if len(evaluation.classes) > len(train.classes):
+        raise ManifestError(
+            f"expected labels of {evaluation.manifest.uri!r} to be ids of the training set's {len(train.classes)} "
+            f"classes, got {len(evaluation.classes) - 1}; leave such images out, or train on them"
+        )
+
+
+def _on_a_command_line(names: Sequence[str]) -> str:
+    told = json.dumps(names[:_NAMES_TOLD], ensure_ascii=False)
+    return shlex.quote(told if len(names) <= _NAMES_TOLD else f"{told[:-1]}, …]")
 
 
 def _labels(column: pa.ChunkedArray, uri: str) -> npt.NDArray[np.int64]:

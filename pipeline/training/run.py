@@ -14,7 +14,6 @@ import importlib.util
 import json
 import logging
 import os
-import shlex
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,9 +22,9 @@ from pipeline import storage
 from pipeline.cluster import Device
 from pipeline.config import describe, refuse_change
 from pipeline.data.sampler import Steps
-from pipeline.data.training_set import TrainingSet, refuse_one_class, refuse_overlap
+from pipeline.data.training_set import TrainingSet, refuse_one_class, refuse_other_labels, refuse_overlap
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ConfigError, ManifestError, ObjectExistsError, ObjectNotFoundError
+from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
 from pipeline.models import registry
 from pipeline.models.bundle import Architecture, Bundle
 from pipeline.training.config import TrainConfig
@@ -116,7 +115,7 @@ def make_run(config: TrainConfig) -> TrainingRun:
     config = config.model_copy(update={name: storage.normalise(getattr(config, name)) for name in places})
     train, evaluation = (TrainingSet.open(storage.normalise(uri)) for uri in (config.train, config.evaluate_on))
     refuse_one_class(train)
-    _refuse_other_classes(train, evaluation)
+    refuse_other_labels(train, evaluation)
     start = _start_uri(config)
     architecture, preprocessing = config.architecture, config.evaluation.preprocessing
     if start is not None:
@@ -275,28 +274,6 @@ def _refuse_idle(run: TrainingRun) -> None:
         raise ConfigError(
             f"schedule.milestones: expected each above 0 and below the training's {run.num_steps / steps_per_unit:g} "
             f"{config.schedule.unit}, got {strange}: the learning rate would not drop there; change them with it"
-        )
-
-
-def _refuse_other_classes(train: TrainingSet, evaluation: TrainingSet) -> None:
-    """Raises ManifestError where labels of the evaluation set are no classes of training's, or mean others of them."""
-    if not evaluation.manifest.classes:  # bare ids, which are places in the training set's
-        if len(evaluation.classes) > len(train.classes):
-            raise ManifestError(
-                f"evaluate_on: expected ids of the training set's {len(train.classes)} classes, got one of "
-                f"{len(evaluation.classes) - 1}"
-            )
-        return
-    if evaluation.classes != train.classes and not set(evaluation.classes) <= set(train.classes):
-        raise ManifestError(
-            f"evaluate_on: expected the {len(train.classes)} classes of the training set, got "
-            f"{len(evaluation.classes)}, among them {sorted(set(evaluation.classes) - set(train.classes))[:3]}"
-        )
-    if evaluation.classes != train.classes[: len(evaluation.classes)]:
-        names = json.dumps(train.classes[:3], ensure_ascii=False)[:-1] + (", …]" if len(train.classes) > 3 else "]")
-        raise ManifestError(
-            "evaluate_on: its labels count its own classes, fewer than the training set's; make its manifest with "
-            f"--classes {shlex.quote(names)}, so that equal labels mean equal classes"
         )
 
 
