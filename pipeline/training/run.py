@@ -177,9 +177,13 @@ def begin(run: TrainingRun) -> None:
 
 def refuse_name(run: TrainingRun) -> None:
     """Raise the ConfigError that `begin` has for the run's name: it is taken, or there is nothing to resume."""
+    is_there = is_recorded(run.uri)
+    if not is_there and storage.exists(run.summary_uri):  # as of an experiment of several trainings
+        raise ConfigError(
+            f"run_id: expected no other records than a training's at {run.uri!r}, found some; choose another name"
+        )
     if run.config.resume == "auto":
         return
-    is_there = is_recorded(run.uri)
     if run.config.resume and not is_there:
         raise ConfigError(f"resume: expected a run {run.config.run_id!r} under {run.config.output!r}, found none")
     if is_there and not run.config.resume:

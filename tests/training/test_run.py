@@ -296,6 +296,14 @@ def test_a_version_that_is_published_is_refused_before_training(root):
     run_of(root, resume=True)  # it may be this run that published it
 
 
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_a_name_that_is_no_trainings_is_refused(root, resume):
+    run = run_of(root, run_id="experiment", resume=resume)
+    storage.write(run.summary_uri, b"{}")
+    with pytest.raises(ConfigError, match=r"expected no other records than a training's at .*experiment', found some"):
+        begin(run)
+
+
 def test_an_evaluation_set_of_strange_classes_is_refused(tmp_path):
     list_labels(tmp_path, "train", LABELS["train"])
     list_labels(tmp_path, "evaluation", ["cat", "emu", "cow"])
