@@ -16,6 +16,7 @@ from pipeline.data.training_set import TrainingSet
 from pipeline.errors import BundleError, RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
+from pipeline.training.bound import Pace
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, ended_run, make_run, read_summary, refuse_name
 
@@ -69,7 +70,6 @@ def _train(run: TrainingRun) -> tuple[TrainingRun, "Workers"]:
 
 def _conclude(run: TrainingRun, workers: "Workers", start: float) -> dict[str, Any]:
     """Publish the best weights, write the records; the summary, which is the last of them."""
-    from pipeline.training.logbook import Pace
     from pipeline.training.result import publish, write_records
 
     bundle, uri, last = publish(run)

@@ -118,7 +118,7 @@ class TrainLoader:
 
     @contextmanager
     def _loading(self, num_lanes: int) -> Iterator[Executor]:
-        """Threads that load windows; few that only list, for Arrow keeps memory for each (10 MB with mimalloc)."""
+        """Threads that load windows; few that only list, for Arrow keeps memory for each (mimalloc some 8 MB)."""
         num_threads = num_lanes if self.images.is_packed else min(num_lanes, _LISTED_AT_ONCE)
         pool = ThreadPoolExecutor(max(num_threads, 1), thread_name_prefix="windows")
         try:

@@ -4,8 +4,37 @@ A GPU works behind the loop's back: while the loop waits for data it may still h
 when the loop asks for its results waits for the loop.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 _MOST_IDLE = 0.05  # of the time; below that the data keeps up
 _LEAST_LAG = 0.1  # of a step; a GPU that sets the pace is nearly a step behind, or several
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a run's steps went, in all its attempts; evaluations and starts are no steps."""
+
+    train_s: float
+    images_per_s: float
+    data_wait_share: float
+    data_idle_share: float
+    device_lag: float
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Pace":
+        """From the state of a logbook; of no steps where it is of an earlier version."""
+        sums = state.get("pace", {})
+        seconds = sums.get("train_s", 0.0)
+        means = (sums.get(name, 0.0) / (seconds or 1.0) for name in ("images", "wait_s", "idle_s", "lag_s"))
+        return cls(seconds, *means)
+
+    def verdict(self, *, on_gpu: bool) -> str | None:
+        """What bound it, in a sentence; None where no step is known."""
+        if not self.train_s:
+            return None
+        return verdict(self.images_per_s, self.data_idle_share, self.device_lag, on_gpu=on_gpu)
 
 
 def idle_share(wait_s: float, lag_s: float, elapsed_s: float, num_steps: int) -> float:

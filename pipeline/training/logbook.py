@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.data.decoders import is_deadly
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
-from pipeline.training.bound import idle_share, verdict
+from pipeline.training.bound import idle_share
 from pipeline.training.counts import Outcome, to_entries
 from pipeline.training.run import TrainingRun, is_passed
 from pipeline.training.worker import Notice, Worker
@@ -28,31 +28,6 @@ class _Step:
     learning_rate: float
     uris: list[str]
     totals: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How a run's steps went, in all its attempts; evaluations and starts are no steps."""
-
-    train_s: float
-    images_per_s: float
-    data_wait_share: float
-    data_idle_share: float
-    device_lag: float
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Pace":
-        """From the state of a logbook; of no steps where it is of an earlier version."""
-        sums = state.get("pace", {})
-        seconds = sums.get("train_s", 0.0)
-        means = (sums.get(name, 0.0) / (seconds or 1.0) for name in ("images", "wait_s", "idle_s", "lag_s"))
-        return cls(seconds, *means)
-
-    def verdict(self, *, on_gpu: bool) -> str | None:
-        """What bound it, in a sentence; None where no step is known."""
-        if not self.train_s:
-            return None
-        return verdict(self.images_per_s, self.data_idle_share, self.device_lag, on_gpu=on_gpu)
 
 
 class Logbook:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.training.bound import idle_share, verdict
+from pipeline.training.bound import Pace, idle_share, verdict
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,11 @@ def test_the_idle_share_is_that_of_a_device_that_works_behind_a_loop(num_steps, 
 @given(st.floats(0, 1e6), st.floats(0, 1), st.floats(0, 100), st.booleans())
 def test_any_figures_make_a_sentence(images_per_s, share, device_lag, on_gpu):
     assert verdict(images_per_s, share, device_lag, on_gpu=on_gpu)
+
+
+def test_the_pace_of_no_steps_binds_nothing():
+    assert Pace.of({}) == Pace(0, 0, 0, 0, 0)  # a state of an earlier version
+    assert Pace.of({}).verdict(on_gpu=False) is None
+    known = Pace.of({"pace": {"train_s": 10.0, "images": 820.0, "wait_s": 4.0, "idle_s": 2.5, "lag_s": 0.0}})
+    assert known == Pace(10, 82, 0.4, 0.25, 0)
+    assert known.verdict(on_gpu=False) == verdict(82, 0.25, 0, on_gpu=False)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
 from pipeline.training import checkpoint, logbook
+from pipeline.training.bound import Pace
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.config import CheckpointConfig
 from pipeline.training.counts import HardImage, Outcome, from_entries
-from pipeline.training.logbook import Logbook, Pace
+from pipeline.training.logbook import Logbook
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
 from tests.confusions import counts_of, matrix_of
@@ -235,8 +236,6 @@ def test_the_pace_is_that_of_all_steps_in_every_attempt(clock):
     assert pace.train_s == sum(20 / look["images_per_s"] for look in looks)
     assert pace.images_per_s == 40 / pace.train_s
     assert pace.data_wait_share == 6 / pace.train_s
-    assert Pace.of({}) == Pace(0, 0, 0, 0, 0)  # a state of an earlier version
-    assert (pace.verdict(on_gpu=False) is None, Pace.of({}).verdict(on_gpu=False)) == (False, None)
 
 
 def test_what_goes_into_a_start_is_no_step(clock):
