@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, results_of, start_here
 from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Shard
+from pipeline.inference import networks
 from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rate_of, workers_of
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.estimate import choose_sample, shards_to_a_worker, try_shards
@@ -78,6 +79,7 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
             before = measure()
             trial = try_shards(plan, layout, shards, scratch_uri, run_shards, config.progress_interval_s)
             rounds_of_stages = [before, *([measure()] if config.measure_again else [])]
+            computed_in = networks.describe(plan.run)
     finally:  # the workers have ended: they write there until they do
         storage.delete_folder(scratch_uri)
     timed = {stage: [parts for measured in rounds_of_stages for parts in measured[stage]] for stage in STAGES}
@@ -88,6 +90,7 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
         "models": [model.name for model in models],
         "layout": asdict(layout),
         "num_images": observed.num_images,
+        "computed_in": computed_in,
         "alone_images_per_s": {stage: round(rate_of(timed[stage]), 1) for stage in STAGES},
         "seconds_by_stage": {stage: round(seconds, 1) for stage, seconds in observed.seconds.items()},
         "cpu_s_per_image": {

@@ -24,6 +24,7 @@ def test_every_stage_and_the_whole_are_measured_and_nothing_is_left(tmp_path: Pa
         compute__form=form,
     )
     assert (summary["status"], summary["layout"]["form"], summary["num_images"]) == ("done", form, 30)
+    assert summary["computed_in"] == {"tiny/1": "float32, eager"}
     assert all(summary["alone_images_per_s"][stage] > 0 for stage in STAGES)
     verdict = summary["verdict"]
     assert verdict["share"] == pytest.approx(verdict["images_per_s"] / verdict["bound_images_per_s"], abs=0.01)
