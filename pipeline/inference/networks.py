@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.errors import BundleError, NotKeptError, ObjectExistsError, ObjectNotFoundError, RunError
-from pipeline.inference.plan import Model, Run
+from pipeline.inference.plan import Model, Run, is_compiled
 from pipeline.models import compiled
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import Precision, precisions, warn_if_emulated
@@ -73,17 +73,7 @@ def describe(run: Run) -> dict[str, str]:
 
 def should_compile_first(run: Run) -> bool:
     """Whether a run is about to compile: that is one process's work, before the others are started."""
-    return choices(run) is None and not all(
-        compiled.is_recorded(
-            model.uri,
-            model.digest,
-            run.device,
-            run.precision,
-            batch_size=run.batch_size,
-            num_threads=run.num_threads,
-        )
-        for model in run.models
-    )
+    return choices(run) is None and not is_compiled(run)
 
 
 def record_of(

@@ -19,7 +19,7 @@ from pipeline.inference import retries
 from pipeline.inference.commit import committed_shard_ids, run_uri
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.layout import Layout
-from pipeline.models import registry
+from pipeline.models import compiled, registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision
 from pipeline.tables.schemas import TableName
@@ -140,8 +140,10 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
         kept["num_threads"] = earlier.num_threads
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
-    if config.compute.compile == config.compute.precision == "auto":
-        kept |= {"compile": earlier.compile, "precision": earlier.precision}
+    if config.compute.compile == "auto":
+        kept["compile"] = earlier.compile  # whatever has been compiled since
+        if config.compute.precision == "auto":
+            kept["precision"] = earlier.precision
     if config.compute.decode == "auto" and (earlier.decode == "cpu" or layout.device == "cuda"):
         kept["decode"] = earlier.decode
     run = run.model_copy(update=kept)
@@ -186,6 +188,21 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
         _warn_of_other_software(plan.run)
 
 
+def is_compiled(run: Run) -> bool:
+    """Whether its networks were all compiled for such a run by this software, on whatever kind of CPU or GPU."""
+    return all(
+        compiled.is_recorded(
+            model.uri,
+            model.digest,
+            run.device,
+            run.precision,
+            batch_size=run.batch_size,
+            num_threads=run.num_threads,
+        )
+        for model in run.models
+    )
+
+
 def read_run(output_uri: str, run_id: str) -> Run:
     """The run as recorded. Raises ConfigError where there is none, naming the runs there are."""
     run = _read_run(output_uri, run_id)
@@ -218,7 +235,7 @@ def _run_id(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
 
 
 def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Run:
-    return Run(
+    run = Run(
         run_id=_run_id(config, manifest, models),
         manifest_uri=manifest.uri,
         manifest_digest=manifest.digest,
@@ -231,12 +248,14 @@ def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model
         device=layout.device,
         decode=layout.decode,
         precision=config.compute.precision,
-        compile=_should_compile(config, manifest, models),
+        compile=config.compute.compile,
         agreement=config.compute.agreement,
         batch_size=config.compute.batch_size or default_batch_size(layout.device),
         num_threads=max(1, layout.cpus_per_actor),
         software=software(),
     )
+    should_compile = config.compute.compile != "auto" or _is_worth_compiling(run, config.registry)
+    return run if should_compile else run.model_copy(update={"compile": "never"})
 
 
 def software() -> dict[str, str]:
@@ -266,14 +285,13 @@ def _unlike_default(config: PredictConfig) -> list[Any]:
     return [value for value, usual in fields if value != usual]
 
 
-def _should_compile(
-    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
-) -> Literal["auto", "always", "never"]:
-    """Unless asked for, only where it is worth it, and native code comes from the registry that the config trusts."""
-    registry_uri = None if config.registry is None else storage.normalise(config.registry)
-    is_trusted = registry_uri is not None and all(storage.is_under(model.uri, registry_uri) for model in models)
-    is_worth_it = manifest.num_images >= _COMPILED_FROM_IMAGES
-    return "never" if config.compute.compile == "auto" and not (is_trusted and is_worth_it) else config.compute.compile
+def _is_worth_compiling(run: Run, registry_uri: str | None) -> bool:
+    """A large run, or one that finds it done; native code comes only from the registry that the config trusts."""
+    if registry_uri is None or not all(
+        storage.is_under(each.uri, storage.normalise(registry_uri)) for each in run.models
+    ):
+        return False
+    return run.num_images >= _COMPILED_FROM_IMAGES or is_compiled(run)
 
 
 def _resolve_model(reference: str, registry_uri: str | None) -> Model:

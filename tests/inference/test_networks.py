@@ -6,9 +6,10 @@ import torch
 from pipeline.errors import AccessDeniedError, BundleError, RunError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
+from pipeline.inference.plan import record_run
 from pipeline.models import compiler
 from pipeline.models.compiled import Agreement
-from tests.worlds import make_world, plan_of
+from tests.worlds import config_of, make_world, plan_of
 
 
 @pytest.fixture
@@ -104,3 +105,19 @@ def test_a_run_compiles_first_only_where_nothing_is_there_yet(world, compiles):
     assert not networks.should_compile_first(plan.run)
     assert not networks.should_compile_first(plan_of(world, run_id="next", compute={"compile": "always"}).run)
     assert not networks.should_compile_first(plan_of(world, run_id="small").run)
+
+
+def test_a_small_run_is_compiled_where_its_networks_have_been(world, compiles):
+    assert plan_of(world, run_id="before").run.compile == "never"
+    decide(world, compile="always")
+    assert plan_of(world, run_id="after").run.compile == "auto"
+    assert plan_of(world, run_id="other", compute={"batch_size": 5}).run.compile == "never"
+    assert plan_of(world, run_id="none", compute={"compile": "never"}).run.compile == "never"
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_run_that_began_eager_stays_so_when_its_networks_are_compiled_meanwhile(world, compiles, precision):
+    fields = {"run_id": "begun", "compute": {"precision": precision}}
+    record_run(plan_of(world, **fields), config_of(world, **fields))
+    decide(world, compile="always", precision=precision)
+    assert plan_of(world, **fields).run.compile == "never"
