@@ -73,7 +73,7 @@ def describe(run: Run) -> dict[str, str]:
 
 def should_compile_first(run: Run) -> bool:
     """Whether a run is about to compile: that is one process's work, before the others are started."""
-    return choices(run) is None and not is_compiled(run)
+    return run.may_compile and choices(run) is None and not is_compiled(run)
 
 
 def record_of(
@@ -122,7 +122,7 @@ def _choose(run: Run, manifest: Manifest, model: Model) -> Choice:
     import torch
 
     refused: list[str] = []
-    may_compile = True
+    may_compile = run.may_compile
     for precision in precisions(run.precision, torch.device(run.device)):
         try:
             fault = record_of(run, manifest, model, precision, may_compile=may_compile).agreement.fault(run.agreement)

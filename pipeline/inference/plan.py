@@ -78,6 +78,11 @@ class Run(BaseModel):
         return storage.join(self.uri, "summary.json")
 
     @property
+    def may_compile(self) -> bool:
+        """Whether what is not compiled yet is compiled for it."""
+        return self.compile == "always" or (self.compile == "auto" and self.num_images >= _COMPILED_FROM_IMAGES)
+
+    @property
     def table_names(self) -> list[TableName]:
         """The tables it writes."""
         return [*self.tables.names, "errors"]
@@ -291,7 +296,7 @@ def _is_worth_compiling(run: Run, registry_uri: str | None) -> bool:
         storage.is_under(each.uri, storage.normalise(registry_uri)) for each in run.models
     ):
         return False
-    return run.num_images >= _COMPILED_FROM_IMAGES or is_compiled(run)
+    return run.may_compile or is_compiled(run)
 
 
 def _resolve_model(reference: str, registry_uri: str | None) -> Model:

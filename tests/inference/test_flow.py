@@ -147,13 +147,14 @@ def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_compiled_run_writes_the_same_bytes_again_and_says_how_it_computed(world, local_ray):
+def test_a_compiled_run_writes_the_same_bytes_again_and_says_how_it_computed(tmp_path, local_ray):
+    make_world(tmp_path)  # of its own: what is compiled there others would use
     for run_id in ("compiled", "again"):
-        summary = run(world, run_id=run_id, tables=TABLES, compute={"compile": "always", "precision": "bfloat16"})
+        summary = run(tmp_path, run_id=run_id, tables=TABLES, compute={"compile": "always", "precision": "bfloat16"})
         assert (summary["status"], summary["num_predicted"]) == ("done", 27)
         assert list(find_faults(read_run(summary["output"], run_id))) == []
-    assert files_of(world, "compiled") == files_of(world, "again")
-    metadata = open_table(str(world / "tables" / "predictions"), "compiled").schema.metadata
+    assert files_of(tmp_path, "compiled") == files_of(tmp_path, "again")
+    metadata = open_table(str(tmp_path / "tables" / "predictions"), "compiled").schema.metadata
     assert json.loads(metadata[b"computed_in"]) == {"tiny/1": "bfloat16, compiled"} == summary["computed_in"]
 
 

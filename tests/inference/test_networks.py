@@ -66,7 +66,8 @@ def test_where_nothing_can_be_kept_one_compilation_is_tried_and_the_run_told(wor
     plan = plan_of(world, run_id="run", compute={"precision": "auto"})
     monkeypatch.setattr(compiler, "compile_network", lambda *arguments: tried.append(arguments[2].precision) or b"code")
     monkeypatch.setattr(compiler.storage, "write", refuse_write)
-    choice = networks._choose(plan.run, plan.manifest, plan.run.models[0])
+    large = plan.run.model_copy(update={"compile": "auto", "num_images": 5000})
+    choice = networks._choose(large, plan.manifest, large.models[0])
     assert (str(choice), tried) == ("float32, eager", ["bfloat16"])
     assert choice.refused[1] == "float32, compiled: not compiled yet"
     assert "not to be kept: the credentials" in choice.refused[0]
@@ -113,6 +114,13 @@ def test_a_small_run_is_compiled_where_its_networks_have_been(world, compiles):
     assert plan_of(world, run_id="after").run.compile == "auto"
     assert plan_of(world, run_id="other", compute={"batch_size": 5}).run.compile == "never"
     assert plan_of(world, run_id="none", compute={"compile": "never"}).run.compile == "never"
+
+
+def test_a_small_run_compiles_nothing_even_where_another_precision_has_been(world, compiles):
+    assert decide(world, compile="always", precision="float32").is_compiled
+    plan = plan_of(world, run_id="small")
+    assert not networks.should_compile_first(plan.run)
+    assert networks.decide(plan.run, plan.manifest)["tiny/1"].refused == ("bfloat16, compiled: not compiled yet",)
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
