@@ -77,9 +77,9 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
             shards = choose_sample(plan, workers * each)
             measure = partial(measure_stages, plan.run, layout, nodes, shards)
             before = measure()
+            computed_in = networks.describe(plan.run)  # goes with the trial's records
             trial = try_shards(plan, layout, shards, scratch_uri, run_shards, config.progress_interval_s)
             rounds_of_stages = [before, *([measure()] if config.measure_again else [])]
-            computed_in = networks.describe(plan.run)
     finally:  # the workers have ended: they write there until they do
         storage.delete_folder(scratch_uri)
     timed = {stage: [parts for measured in rounds_of_stages for parts in measured[stage]] for stage in STAGES}

@@ -116,9 +116,9 @@ class ComputeConfig(Section):
     again on x86 CPUs, at some cost in accuracy; the agreement tells how much. With compile always, and the package
     torchao where it compiles."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Run networks compiled ahead of time, kept beside the bundle and made on first use. auto: with bundles from the
-    registry, where they have been compiled already or the run has 5,000 images and more; where it cannot be done or
-    agrees too little with float32, not; always: fail then. What a run's first attempt found stays for all of it."""
+    """Run networks compiled ahead of time and kept beside the bundle. auto: with bundles from the registry that are all
+    compiled already, and in runs of at least 5,000 images on first use; where it cannot be done or agrees too little
+    with float32, not; always: fail then. What a run's first attempt found stays for all of it, eager too."""
     agreement: AgreementLimits = AgreementLimits()
     """With float32, below which a compiled network is not used."""
     batch_size: int | None = Field(None, ge=1)

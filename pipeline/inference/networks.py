@@ -49,7 +49,7 @@ def choices(run: Run) -> dict[str, Choice] | None:
 
 
 def decide(run: Run, manifest: Manifest) -> dict[str, Choice]:
-    """What was decided, or is now, for this machine; compiles what is not compiled yet.
+    """What was decided, or is now, for this machine; compiles what is not compiled yet, where the run may.
 
     Raises BundleError where a network must be compiled and cannot be, StorageError.
     """

@@ -138,6 +138,8 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     """
     run = _describe_run(config, manifest, models, layout)
     earlier = _read_run(run.output_uri, run.run_id)
+    if config.compute.compile == "auto":
+        run = run.model_copy(update={"compile": _choose_compile(run, config.registry, earlier)})
     if earlier is None:
         return Plan(run, manifest, committed=set())
     kept: dict[str, Any] = {"software": earlier.software}
@@ -145,10 +147,8 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
         kept["num_threads"] = earlier.num_threads
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
-    if config.compute.compile == "auto":
-        kept["compile"] = earlier.compile  # whatever has been compiled since
-        if config.compute.precision == "auto":
-            kept["precision"] = earlier.precision
+    if config.compute.compile == config.compute.precision == "auto":
+        kept["precision"] = earlier.precision
     if config.compute.decode == "auto" and (earlier.decode == "cpu" or layout.device == "cuda"):
         kept["decode"] = earlier.decode
     run = run.model_copy(update=kept)
@@ -240,7 +240,7 @@ def _run_id(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
 
 
 def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], layout: Layout) -> Run:
-    run = Run(
+    return Run(
         run_id=_run_id(config, manifest, models),
         manifest_uri=manifest.uri,
         manifest_digest=manifest.digest,
@@ -259,8 +259,6 @@ def _describe_run(config: PredictConfig, manifest: Manifest, models: tuple[Model
         num_threads=max(1, layout.cpus_per_actor),
         software=software(),
     )
-    should_compile = config.compute.compile != "auto" or _is_worth_compiling(run, config.registry)
-    return run if should_compile else run.model_copy(update={"compile": "never"})
 
 
 def software() -> dict[str, str]:
@@ -290,13 +288,16 @@ def _unlike_default(config: PredictConfig) -> list[Any]:
     return [value for value, usual in fields if value != usual]
 
 
-def _is_worth_compiling(run: Run, registry_uri: str | None) -> bool:
-    """A large run, or one that finds it done; native code comes only from the registry that the config trusts."""
-    if registry_uri is None or not all(
-        storage.is_under(each.uri, storage.normalise(registry_uri)) for each in run.models
-    ):
-        return False
-    return run.may_compile or is_compiled(run)
+def _choose_compile(run: Run, registry_uri: str | None, earlier: Run | None) -> Literal["auto", "always", "never"]:
+    """What is done where it is not told: as the run began, whatever has been compiled since; at its beginning, compiled
+    where it is large or finds that done. Native code comes only from the registry that the config trusts.
+    """
+    if earlier is not None and earlier.compile != "auto":
+        return earlier.compile
+    trusted = None if registry_uri is None else storage.normalise(registry_uri)
+    if trusted is None or not all(storage.is_under(model.uri, trusted) for model in run.models):
+        return "never"
+    return "auto" if earlier is not None or run.may_compile or is_compiled(run) else "never"
 
 
 def _resolve_model(reference: str, registry_uri: str | None) -> Model:

@@ -114,6 +114,9 @@ def test_a_small_run_is_compiled_where_its_networks_have_been(world, compiles):
     assert plan_of(world, run_id="after").run.compile == "auto"
     assert plan_of(world, run_id="other", compute={"batch_size": 5}).run.compile == "never"
     assert plan_of(world, run_id="none", compute={"compile": "never"}).run.compile == "never"
+    assert plan_of(world, run_id="both", bundles=["tiny", "other"]).run.compile == "never"
+    by_uri = {"registry": str(world / "elsewhere"), "bundles": [str(world / "registry" / "tiny" / "1")]}
+    assert plan_of(world, run_id="untrusted", **by_uri).run.compile == "never"
 
 
 def test_a_small_run_compiles_nothing_even_where_another_precision_has_been(world, compiles):
