@@ -106,6 +106,7 @@ class NullFused:
     work_s = 0.0
 
     def __init__(self, run: Run, attempts: Any) -> None:
+        workers.arrive(attempts, "actors")
         self._run, self._attempts = run, attempts
         self._manifest = workers.open_unchanged(run.manifest_uri, run.manifest_digest)
         bundles = [Bundle.load(model.uri) for model in run.models]
