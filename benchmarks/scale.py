@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from benchmarks.manifest_scale import make_bundle, measure
 from pipeline import storage
-from pipeline.cluster import connected_ray
+from pipeline.cluster import arrive, connected_ray
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
@@ -106,7 +106,7 @@ class NullFused:
     work_s = 0.0
 
     def __init__(self, run: Run, attempts: Any) -> None:
-        workers.arrive(attempts, "actors")
+        arrive(attempts, "actors")
         self._run, self._attempts = run, attempts
         self._manifest = workers.open_unchanged(run.manifest_uri, run.manifest_digest)
         bundles = [Bundle.load(model.uri) for model in run.models]
