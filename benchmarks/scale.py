@@ -29,7 +29,7 @@ from benchmarks.manifest_scale import make_bundle, measure
 from pipeline import storage
 from pipeline.cluster import arrive, connected_ray
 from pipeline.config import ClusterConfig
-from pipeline.data.manifest import write_manifest
+from pipeline.data.manifest import Shard, write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
 from pipeline.inference import flow, workers
 from pipeline.inference.commit import Receipt
@@ -114,19 +114,22 @@ class NullFused:
         self._turns = Turns()
 
     def __call__(self, rows: workers.Row) -> workers.Row:
-        shard, start = workers.shard_of(rows), time.time()
-        with workers.attempting(self._attempts, "all", shard):
-            with self._turns.take(begun=time.perf_counter()):
-                time.sleep(self.work_s)
-            count, outputs = shard.num_images, ShardOutputs({})
-            answer = ModelOutput(
-                np.zeros((count, 5), np.int32), np.full((count, 5), 0.2, np.float32), None, np.ones(count, np.bool_)
-            )
-            outputs.add(list(range(count)), [answer])
-            tables = build_tables(self._run, self._manifest.images(shard), self._predictor, outputs)
-            files = write_shard(self._run.output_uri, self._run.run_id, shard.shard_id, tables)
-        return workers.receipt_row(
-            Receipt(shard.shard_id, count, count, 0, {}, files, _seconds(start), began_at=start, ended_at=time.time())
+        shards = workers.shards_of(rows)
+        return workers.receipt_rows(workers.attempt_each(self._attempts, "all", shards, self._take))
+
+    def _take(self, shard: Shard, attempt: int) -> Receipt:
+        start = time.time()
+        with self._turns.take(begun=time.perf_counter()):
+            time.sleep(self.work_s)
+        count, outputs = shard.num_images, ShardOutputs({})
+        answer = ModelOutput(
+            np.zeros((count, 5), np.int32), np.full((count, 5), 0.2, np.float32), None, np.ones(count, np.bool_)
+        )
+        outputs.add(list(range(count)), [answer])
+        tables = build_tables(self._run, self._manifest.images(shard), self._predictor, outputs)
+        files = write_shard(self._run.output_uri, self._run.run_id, shard.shard_id, tables)
+        return Receipt(
+            shard.shard_id, count, count, 0, {}, files, _seconds(start), began_at=start, ended_at=time.time()
         )
 
 

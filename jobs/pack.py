@@ -207,12 +207,12 @@ def _pack_and_commit(
 
 def pack_shard(rows: Row, work: Work, attempts: Any) -> Row:
     """A CPU task that packs a shard; one that follows a death decodes each image in a child process."""
-    from pipeline.inference.workers import attempting, open_unchanged, receipt_row, shard_of
+    from pipeline.inference.workers import attempting, open_unchanged, receipt_rows, shards_of
 
-    shard = shard_of(rows)
+    [shard] = shards_of(rows)
     manifest = open_unchanged(work.manifest_uri, work.manifest_digest)
     with attempting(attempts, "pack", shard) as attempt:
-        return receipt_row(pack_and_write(work, manifest, shard, attempt))
+        return receipt_rows([pack_and_write(work, manifest, shard, attempt)])
 
 
 def pack_and_write(work: Work, manifest: Manifest, shard: Shard, attempt: int = 1) -> Receipt:

@@ -103,7 +103,8 @@ class Manifest:
         """
         uri = storage.join(self.uri, shard.file)
         with _undamaged(self.uri, shard.file), storage.open_file(uri) as file:
-            images = pq.ParquetFile(file, metadata=_footer(uri, self.digest)).read_row_group(shard.row_group)
+            footer = _footer(uri, self.digest)
+            images = pq.ParquetFile(file, metadata=footer).read_row_group(shard.row_group, use_threads=False)
         if images.num_rows != shard.num_images:
             raise ManifestError(
                 f"expected {shard.num_images} images in shard {shard.shard_id} of {self.uri!r}, "

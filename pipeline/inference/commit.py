@@ -40,7 +40,7 @@ class Receipt:
     ended_at: float = 0.0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Receipt":

@@ -163,7 +163,7 @@ def run_shards(plan: Plan, layout: Layout) -> Generator[Receipt, None, None]:
     dataset = dataset.map_batches(
         actor,
         fn_constructor_kwargs=worker,
-        batch_size=1,
+        batch_size=1 if task or num_gpus else None,  # all of a task's shards, which Ray Data refuses on a GPU
         batch_format="numpy",
         num_cpus=layout.cpus_per_actor,
         num_gpus=num_gpus or None,
@@ -201,7 +201,7 @@ def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
 
 
 def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
-    """A dataset of one row for each shard, which `workers.shard_of` reads back. A task takes one, of very many several.
+    """A dataset of one row for each shard, as `workers.shards_of` reads them. A task takes one, of very many several.
 
     Needs a connected Ray, for whose CPUs and GPUs there are tasks enough.
     """
@@ -214,7 +214,7 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
 
 
 def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, str]) -> Generator[Receipt, None, None]:
-    """The receipts that a dataset's last stage made with `workers.receipt_row`, as they come.
+    """The receipts that a dataset's last stage made with `workers.receipt_rows`, as they come.
 
     `asked` is what the dataset asks of the cluster, as `cluster.heard` takes it: one may have to wait for it.
     Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.

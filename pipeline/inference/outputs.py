@@ -47,7 +47,6 @@ def build_tables(run: Run, images: pa.Table, predictor: Predictor, outputs: Shar
     assert len(rows) + len(outputs.errors) == images.num_rows
     lineage = {**run.lineage, "software": predictor.software, "computed_in": predictor.computed_in}
     by_model = [[by_bundle[index] for by_bundle in outputs.by_batch] for index in range(len(predictor.bundles))]
-    interleaved = np.arange(len(rows) * len(by_model)).reshape(len(by_model), len(rows)).T.ravel()
     predicted = images.take(pa.array(rows))
     tables: dict[TableName, pa.Table] = {}
     if "predictions" in run.tables.names:
@@ -56,13 +55,13 @@ def build_tables(run: Run, images: pa.Table, predictor: Predictor, outputs: Shar
             _predictions(predicted, run.models[index].name, predictor.bundles[index].classes, batches, target)
             for index, batches in enumerate(by_model)
         ]
-        tables["predictions"] = pa.concat_tables(parts).take(pa.array(interleaved))
+        tables["predictions"] = _interleaved(parts)
     if "embeddings" in run.tables.names:
         target = schema("embeddings", embedding_type=run.tables.embedding_type, lineage=lineage)
         parts = [
             _embeddings(predicted, run.models[index].name, batches, target) for index, batches in enumerate(by_model)
         ]
-        tables["embeddings"] = pa.concat_tables(parts).take(pa.array(interleaved))
+        tables["embeddings"] = _interleaved(parts)
     tables["errors"] = errors_table(images, outputs.errors, lineage)
     return tables
 
@@ -100,6 +99,14 @@ def _embeddings(images: pa.Table, model: str, outputs: list[ModelOutput], target
         },
         schema=target,
     )
+
+
+def _interleaved(parts: list[pa.Table]) -> pa.Table:
+    """Tables of equal length as one: the first row of each, then the second."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.arange(len(parts) * len(parts[0])).reshape(len(parts), -1).T.ravel()
+    return pa.concat_tables(parts).take(pa.array(order))
 
 
 def _lists(values: npt.NDArray[np.generic]) -> pa.Array:

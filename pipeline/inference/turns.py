@@ -19,8 +19,9 @@ class Room:
         self._whole = threading.Lock()  # two that each had a part of it would wait for ever
 
     def beside_others(self) -> AbstractContextManager[object]:
-        """Around the work on a shard; waits for a place."""
-        return self._places
+        """Around the work on a shard; waits for a place, and for who waits to be alone."""
+        with self._whole:
+            return self._places  # to be entered at once
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import ray
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
 
 SHARDS_AT_ONCE = 2  # of an actor: while one is predicted, the next is fetched or the last written
 _MOST_THREADS = 16
+_TOGETHER_S = 0.5  # of work on shards that are begun together
+_MOST_GROWTH = 4  # one that is done at once, its images not being there, says little of the next
 _room = Room(SHARDS_AT_ONCE)  # of this process
+T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
-"""A batch of one row, a shard in any of its states."""
+"""A batch of rows, each a shard in any of its states; in the split form of one row."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +74,23 @@ class _Predicting:
         """Tasks that have handed nothing on leave them idle."""
         return self._load(shard, attempt, log, min(_MOST_THREADS, os.cpu_count() or 1))
 
-    def _predict(self, shard: Shard, batches: Iterable["Batch"], log: "LoadLog", attempt: int) -> Row:
+    def _predict(self, shard: Shard, batches: Iterable["Batch"], log: "LoadLog", attempt: int) -> Receipt:
         from pipeline.inference.shard import predict_shard
 
-        receipt = predict_shard(self._run, self._manifest, shard, batches, self._predictor, log=log, attempt=attempt)
-        return receipt_row(receipt)
+        return predict_shard(self._run, self._manifest, shard, batches, self._predictor, log=log, attempt=attempt)
 
 
 class PredictFused(_Predicting):
-    """An actor that takes a shard from fetch to written tables, batches streaming inside."""
+    """An actor that takes a task's shards from fetch to written tables, batches streaming inside."""
 
     def __call__(self, rows: Row) -> Row:
+        return receipt_rows(attempt_each(self._attempts, "all", shards_of(rows), self._take))
+
+    def _take(self, shard: Shard, attempt: int) -> Receipt:
         from pipeline.data.loader import LoadLog
 
-        shard, log = shard_of(rows), LoadLog()
-        with attempting(self._attempts, "all", shard) as attempt, self._predictor.own_stream():
+        log = LoadLog()
+        with self._predictor.own_stream():
             return self._predict(shard, self._load(shard, attempt, log, self._run.num_threads), log, attempt)
 
 
@@ -93,7 +100,7 @@ def decode_shard(rows: Row, run: Run, attempts: Any) -> Row:
     from pipeline.inference.blocks import DecodedShard
     from pipeline.inference.shard import load_shard
 
-    shard, log = shard_of(rows), LoadLog()
+    [shard], log = shards_of(rows), LoadLog()
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     preprocessings = _preprocessings_of(run.models)
     with attempting(attempts, "decode", shard) as attempt:
@@ -116,7 +123,7 @@ class PredictDecoded(_Predicting):
             else:
                 _say_that_shards_are_too_large()
                 batches = self._load_with_idle_cpus(shard, attempt, log)
-            return self._predict(shard, batches, log, max(attempt, decoded.attempt))
+            return receipt_rows([self._predict(shard, batches, log, max(attempt, decoded.attempt))])
 
 
 def prepare_shard(rows: Row, run: Run, attempts: Any) -> Row:
@@ -125,7 +132,7 @@ def prepare_shard(rows: Row, run: Run, attempts: Any) -> Row:
     from pipeline.inference.blocks import PreparedShard
     from pipeline.inference.shard import fetch_shard, prepare_images
 
-    shard, log = shard_of(rows), LoadLog()
+    [shard], log = shards_of(rows), LoadLog()
     manifest = open_unchanged(run.manifest_uri, run.manifest_digest)
     preprocessings = _preprocessings_of(run.models)
     with attempting(attempts, "decode", shard) as attempt:
@@ -150,7 +157,7 @@ class PredictPrepared(_Predicting):
                 batches = decoder.batches(prepared.images, batch_size=self._run.batch_size, log=log)
             else:
                 batches = self._load_with_idle_cpus(shard, attempt, log)
-            return self._predict(shard, batches, log, max(attempt, prepared.attempt))
+            return receipt_rows([self._predict(shard, batches, log, max(attempt, prepared.attempt))])
 
 
 def compile_networks(run: Run, manifest: Manifest, attempts: Any) -> None:
@@ -182,9 +189,9 @@ def open_unchanged(manifest_uri: str, digest: str) -> Manifest:
     return manifest
 
 
-def receipt_row(receipt: Receipt) -> Row:
-    """What a worker returns for a shard that it has written."""
-    return {"receipt": np.array([replace(receipt, node=_node_id()).to_json()], dtype=object)}
+def receipt_rows(receipts: Iterable[Receipt]) -> Row:
+    """What a worker returns for the shards that it has written."""
+    return {"receipt": np.array([replace(receipt, node=_node_id()).to_json() for receipt in receipts], dtype=object)}
 
 
 @cache
@@ -201,11 +208,11 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
     forward_warnings(attempts)
     with ExitStack() as room:
         room.enter_context(_room.beside_others())
-        attempt: int = ray.get(attempts.begin.remote(stage, shard.shard_id, _node_id()))
+        [attempt] = _begin(attempts, stage, [shard])
         if attempt > 1:
             room.close()
             room.enter_context(_room.alone())
-            attempt = ray.get(attempts.begin.remote(stage, shard.shard_id, _node_id(), is_alone=True))
+            [attempt] = _begin(attempts, stage, [shard], is_alone=True)
         if attempt > MAX_DEATHS:
             raise RunError(
                 f"shard {shard.shard_id} was begun {MAX_DEATHS} times and its process died each time, with isolated "
@@ -213,9 +220,45 @@ def attempting(attempts: Any, stage: str, shard: Shard) -> Iterator[int]:
                 "a lower images.fetch_concurrency, fewer actors) or very many lost nodes, then run again"
             )
         yield attempt
-        attempts.end.remote(stage, shard.shard_id)
+        _end(attempts, stage, [shard])
 
 
-def shard_of(rows: Row) -> Shard:
-    """The shard of a row of `shard_dataset`."""
-    return Shard(**json.loads(rows["shard"][0]))
+def attempt_each(attempts: Any, stage: str, shards: Iterable[Shard], work: Callable[[Shard, int], T]) -> Iterator[T]:
+    """What `work` makes of each shard, in no particular order, told the number of this attempt as by `attempting`.
+
+    Shards of milliseconds are begun and ended together, as many as take some half a second: two messages for each would
+    take a third of their time. A death is blamed on all that are begun and not ended. Raises RunError as `attempting`,
+    and what `work` raises.
+    """
+    forward_warnings(attempts)
+    left, num_together = iter(shards), 1
+    while together := list(islice(left, num_together)):
+        with _room.beside_others():
+            start = time.monotonic()
+            numbered = list(zip(together, _begin(attempts, stage, together), strict=True))
+            first = [shard for shard, attempt in numbered if attempt == 1]
+            done = [work(shard, 1) for shard in first]
+            _end(attempts, stage, first)
+            took_s = time.monotonic() - start
+        yield from done
+        for again in (shard for shard, attempt in numbered if attempt > 1):
+            with attempting(attempts, stage, again) as attempt:
+                result = work(again, attempt)
+            yield result
+        num_together = max(1, min(_MOST_GROWTH * len(together), round(len(together) * _TOGETHER_S / took_s)))
+
+
+def _begin(attempts: Any, stage: str, shards: Sequence[Shard], *, is_alone: bool = False) -> list[int]:
+    shard_ids = [shard.shard_id for shard in shards]
+    numbers: list[int] = ray.get(attempts.begin.remote(stage, shard_ids, _node_id(), is_alone=is_alone))
+    return numbers
+
+
+def _end(attempts: Any, stage: str, shards: Sequence[Shard]) -> None:
+    if shards:
+        attempts.end.remote(stage, [shard.shard_id for shard in shards])
+
+
+def shards_of(rows: Row) -> list[Shard]:
+    """The shards of rows of `shard_dataset`."""
+    return [Shard(**json.loads(text)) for text in rows["shard"]]

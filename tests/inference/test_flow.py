@@ -18,7 +18,7 @@ import ray
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
 from pipeline.errors import BundleError, ManifestError, RunError, StorageError
-from pipeline.inference import blocks
+from pipeline.inference import blocks, workers
 from pipeline.inference.blocks import PreparedShard
 from pipeline.inference.flow import _failure, predict, run_shards, shard_dataset
 from pipeline.inference.layout import Layout
@@ -28,10 +28,8 @@ from pipeline.inference.workers import (
     PredictDecoded,
     PredictFused,
     PredictPrepared,
-    attempting,
     decode_shard,
     prepare_shard,
-    shard_of,
 )
 from pipeline.tables import open_table
 from tests.jpegs import NvjpegOnCpu
@@ -237,12 +235,12 @@ def test_a_run_that_fails_after_its_first_commits_frees_its_cpus(world, local_ra
     commits = world / "tables/_runs/fails-late/commits"
 
     class FailsLate(PredictFused):
-        def __call__(self, rows):
-            if shard_of(rows).shard_id == 3:
+        def _take(self, shard, attempt):
+            if shard.shard_id == 3:
                 while not list(commits.glob("*.json")):
                     time.sleep(0.05)
                 raise RunError("no more")
-            return super().__call__(rows)
+            return super()._take(shard, attempt)
 
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", FailsLate)
     with pytest.raises(RunError, match="no more") as caught:
@@ -311,11 +309,16 @@ def test_very_many_shards_are_fewer_tasks_of_a_bounded_size(local_ray, num_shard
 
 @pytest.mark.ray
 def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
-    monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", 2)
-    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_PROCESSOR", 1)
-    summary = run(world, run_id="several")
-    assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
-    assert list(find_faults(read_run(summary["output"], "several"))) == []
+    have_tasks(monkeypatch, 2)
+    for form in ("fused", "split"):
+        summary = run(world, run_id=f"several-{form}", compute={"form": form})
+        assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
+        assert list(find_faults(read_run(summary["output"], f"several-{form}"))) == []
+
+
+def have_tasks(monkeypatch, num_tasks):
+    monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", num_tasks)
+    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_PROCESSOR", 0)
 
 
 @pytest.mark.ray
@@ -330,16 +333,37 @@ def test_a_run_on_a_full_cluster_says_what_it_waits_for(world, full_cluster, cap
 @pytest.mark.slow
 def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_ray, monkeypatch):
     class Killed(PredictFused):
-        def __call__(self, rows):
-            if shard_of(rows).shard_id == 2:
-                with attempting(self._attempts, "all", shard_of(rows)):
-                    time.sleep(0.3)  # the other shard of this process is under way
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(rows)
+        def _take(self, shard, attempt):
+            if shard.shard_id == 2:
+                time.sleep(0.3)  # the other shard of this process is under way
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super()._take(shard, attempt)
 
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
     with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
         run(world, run_id="killed")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_of_shards_begun_together_the_one_that_kills_their_process_is_named(world, local_ray, monkeypatch, tmp_path):
+    class Killed(PredictFused):
+        def __init__(self, run, attempts):
+            workers._TOGETHER_S = 100  # of the actor's process
+            super().__init__(run, attempts)
+
+        def _take(self, shard, attempt):
+            (tmp_path / f"{shard.shard_id}-{attempt}").touch()
+            if shard.shard_id == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super()._take(shard, attempt)
+
+    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
+    have_tasks(monkeypatch, 1)
+    with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
+        run(world, run_id="killed-together")
+    tried = sorted(path.name for path in tmp_path.iterdir())
+    assert tried == ["0-1", "1-1", "1-2", "2-1", "2-2", "2-3"]  # 0 was ended before the others were begun
 
 
 @pytest.mark.ray
@@ -379,18 +403,28 @@ def test_an_image_that_holds_its_decoder_is_decoded_by_itself_and_harms_no_other
 @pytest.mark.slow
 def test_images_that_crash_in_several_shards_harm_no_other_shard(world, local_ray, monkeypatch):
     class Crashing(PredictFused):
-        def __call__(self, rows):
-            shard = shard_of(rows)
-            if shard.shard_id in (0, 2, 3):
-                with attempting(self._attempts, "crash", shard) as attempt:
-                    time.sleep(0.1)  # the other shard of this process is under way
-                    if attempt == 1:
-                        os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(rows)
+        def _load(self, shard, attempt, log, num_threads):
+            if shard.shard_id in (0, 2, 3) and attempt == 1:
+                time.sleep(0.1)  # the other shard of this process is under way
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super()._load(shard, attempt, log, num_threads)
 
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", Crashing)
     summary = run(world, run_id="crashing")
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 27, 3)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_ray_data_takes_the_graph_of_either_form_on_gpus(world, local_ray, monkeypatch, decode):
+    datasets = []
+    monkeypatch.setattr("pipeline.inference.flow.receipts_of", lambda dataset, *_: iter([datasets.append(dataset)]))
+    plan = plan_of(world, run_id="on-gpus")
+    plan = replace(plan, run=plan.run.model_copy(update={"decode": decode, "compile": "never"}))
+    for form in ("fused", "split"):
+        layout = Layout(form, "cuda", num_actors=1, cpus_per_actor=1, gpus_per_actor=1, num_gpus=1, decode=decode)
+        list(run_shards(plan, layout))
+    assert len(datasets) == 2
 
 
 def test_the_driver_does_without_torch():

@@ -112,3 +112,22 @@ def test_a_shard_that_fails_while_it_is_alone_gives_the_room_back():
         pass
     with room.alone():
         pass
+
+
+def test_who_waits_to_be_alone_comes_before_who_comes_again():
+    room, came = Room(2), []
+
+    def alone() -> None:
+        with room.alone():
+            came.append("alone")
+
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(20):
+            with room.beside_others():
+                waiting = threads.submit(alone)
+                while not room._whole.locked():
+                    time.sleep(0.001)
+            with room.beside_others():
+                came.append("again")
+            waiting.result()
+    assert came == ["alone", "again"] * 20
