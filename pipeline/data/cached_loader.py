@@ -16,7 +16,8 @@ class CachedLoader:
     """The same batches out of a set that stays decoded, all of it on `device`; for images of one size.
 
     `crop` is the loader's geometry for a whole batch on the device: (uint8 n×3×H×W, size, draws float64 n×num_draws) to
-    uint8 n×3×size×size. Raises ConfigError where images differ in size.
+    uint8 n×3×size×size, of which `largest` is the largest. Raises ConfigError where images differ in size, and what
+    `crop` does where they are too small for it.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class CachedLoader:
         loader: TrainLoader,
         device: torch.device,
         crop: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor],
+        largest: int,
     ) -> None:
         self._loader, self._crop = loader, crop
         images = list(loader.whole_images())
@@ -32,6 +34,7 @@ class CachedLoader:
             raise ConfigError(f"data.cache: expected images of one size, got {len(shapes)} sizes; use cache none")
         black = torch.zeros(shapes.pop(), dtype=torch.uint8)
         self._pixels = torch.stack([black if image.pixels is None else image.pixels for image in images]).to(device)
+        crop(self._pixels[:1], largest, torch.zeros(1, loader.num_draws, dtype=torch.float64))
         self._labels = torch.tensor([image.label for image in images], device=device)
         self._weights = torch.tensor([float(image.pixels is not None) for image in images], device=device)
         self._uris = [image.uri for image in images]

@@ -62,7 +62,7 @@ def list_versions(registry_uri: str, name: str) -> list[str]:
     suffix = f"/{bundles.MODEL_FILE}"
     below = (info.uri.removeprefix(f"{root}/") for info in storage.list_objects(root))
     versions = [path.removesuffix(suffix) for path in below if path.endswith(suffix)]
-    return sorted((version for version in versions if "/" not in version), key=_natural)
+    return sorted((version for version in versions if "/" not in version and version != _ALIASES), key=_natural)
 
 
 def set_alias(registry_uri: str, name: str, alias: str, version: str) -> None:

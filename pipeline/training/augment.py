@@ -121,8 +121,8 @@ def crop_padded(pixels: Tensor, padding: int, size: int, draws: Tensor) -> Tenso
     height, width = pixels.shape[2:]
     if min(height, width) + 2 * padding < size:
         raise ConfigError(
-            f"augment.size: expected at most {min(height, width) + 2 * padding} for cached images of {height}×{width} "
-            f"with padding {padding}, got {size}; lower it, or set data.cache to none"
+            f"augment.size, progressive: expected at most {min(height, width) + 2 * padding} for cached images of "
+            f"{height}×{width} with padding {padding}, got {size}; lower it, or set data.cache to none"
         )
     top = to_device((draws[:, CROP_Y] * (height + 2 * padding - size + 1)).long(), pixels.device)
     left = to_device((draws[:, CROP_X] * (width + 2 * padding - size + 1)).long(), pixels.device)
@@ -139,16 +139,20 @@ class BatchAugment:
     def __init__(self, config: AugmentConfig, preprocessing: Preprocessing, num_classes: int) -> None:
         self._config = config
         self._preprocessing = preprocessing
-        self._policy = _policy(config)
-        self._mix = _mix(config, num_classes)
+        with torch.device("cpu"):  # trials are made on no device, where what draws cannot be
+            self._policy = _policy(config)
+            self._mix = _mix(config, num_classes)
 
-    def __call__(self, pixels: Tensor, labels: Tensor, draws: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pixels: Tensor, labels: Tensor, draws: Tensor, seed: int, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A batch of crops to what the network is trained on: images float32 N×3×S×S, normalised, and their targets.
 
         `pixels` uint8 N×3×S×S and `labels` int64 N lie on the device, `draws` float64 N×NUM_DRAWS on the CPU. Targets
         are the labels, or with mixup or cutmix float32 N×num_classes. `seed` is of the mixing only: one choice of mixup
-        or cutmix, one lambda and one box for the batch, whose neighbours are mixed with each other; batches are mixed
-        within a worker, so with mixing a training depends on the number of workers.
+        or cutmix, one lambda and one box for the batch, whose neighbours are mixed with each other, but for images of
+        weight 0, which could not be had; batches are mixed within a worker, so with mixing a training depends on the
+        number of workers.
         """
         assert draws.shape == (len(pixels), NUM_DRAWS)
         if self._policy is not None:
@@ -163,8 +167,12 @@ class BatchAugment:
             return images, labels
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-            images, targets = self._mix(images, labels)
-        return images, targets
+            mixed, targets = self._mix(images, labels)  # each with the one before it
+        if weights is None:
+            return mixed, targets
+        is_whole = (weights == 0) | (weights.roll(1) == 0)
+        labels = F.one_hot(labels, targets.shape[1]).to(targets.dtype)
+        return torch.where(is_whole.view(-1, 1, 1, 1), images, mixed), torch.where(is_whole[:, None], labels, targets)
 
 
 def _policy(config: AugmentConfig) -> Callable[[Tensor], Tensor] | None:

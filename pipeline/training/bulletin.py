@@ -15,13 +15,14 @@ class Bulletin(Witness):
         super().__init__()
         self._told: list[Status] = []
         self._should_stop = False
-        self._begun: set[tuple[int, int]] = set()
+        self._begun: set[tuple[int, int, int]] = set()
         self._ended: tuple[PipelineError | None, bytes] = None, b""
 
-    def begin(self, rank: int, step: int) -> bool:
-        """A rank begins from that step; whether it has before."""
-        has_begun = (rank, step) in self._begun
-        self._begun.add((rank, step))
+    def begin(self, rank: int, step: int, world_size: int) -> bool:
+        """A rank of so many begins from that step; whether it has before: a change of their number explains itself."""
+        beginning = rank, step, world_size
+        has_begun = beginning in self._begun
+        self._begun.add(beginning)
         return has_begun
 
     def excuse(self) -> None:

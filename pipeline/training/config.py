@@ -34,8 +34,8 @@ class DataConfig(ReadLimits):
     prefetch_batches: int = Field(3, ge=1)
     """Batches decoded ahead of the loop."""
     max_error_rate: Probability = 0.01
-    """Share of the images that may be impossible to fetch or decode, of the evaluation's as well; they are skipped,
-    counted and listed in the errors table. More stop the run."""
+    """Share of the images that may be impossible to fetch or decode, of the evaluation's as well; they are skipped and
+    counted, and training's are listed in the errors table. More stop the run."""
 
 
 class AugmentConfig(Section):

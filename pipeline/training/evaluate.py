@@ -143,9 +143,9 @@ def evaluate(
             f"expected images to judge in {manifest.uri!r}, but none of its {manifest.num_images} could be used "
             f"(rank {rank}: {kinds}). Is the folder mounted, the key valid, the network finite?"
         )
-    if counts.num_errors > setup.max_error_rate * manifest.num_images:
+    if counts.num_errors / manifest.num_images > setup.max_error_rate:
         raise RunError(
-            f"expected at most {setup.max_error_rate:.2%} of the {manifest.num_images} images of {manifest.uri!r} to "
+            f"expected at most {100 * setup.max_error_rate:g}% of the {manifest.num_images} images of {manifest.uri!r} to "
             f"be unusable (max_error_rate, of a training's data), {counts.num_errors} are (rank {rank}: {kinds}); "
             "raise it, or leave them out of the manifest"
         )

@@ -62,7 +62,8 @@ class Feed:
 
 
 def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, caution: Caution = NO_CAUTION) -> Loader:
-    """The worker's loader, cached where the config says so. Raises ConfigError where images to cache differ in size."""
+    """The worker's loader, cached where the config says so. Raises ConfigError where images to cache differ in size or
+    are too small for the largest crop."""
     config = run.config
     geometry = augment.Geometry(config.augment, run.preprocessing)
     loader = TrainLoader(
@@ -81,8 +82,10 @@ def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, cautio
     if config.data.cache == "none":
         return loader
     device = worker.device if config.data.cache == "device" else torch.device("cpu")
-    padding = config.augment.padding
-    return CachedLoader(loader, device, lambda pixels, size, draws: augment.crop_padded(pixels, padding, size, draws))
+    padding, largest = config.augment.padding, max(augment.sizes(config.augment))
+    return CachedLoader(
+        loader, device, lambda pixels, size, draws: augment.crop_padded(pixels, padding, size, draws), largest
+    )
 
 
 def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:

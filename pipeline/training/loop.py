@@ -161,7 +161,7 @@ class Trainee:
         pixels, labels, weights = (
             to_device(tensor, self._worker.device) for tensor in (batch.pixels, batch.labels, batch.weights)
         )
-        images, targets = self._augment(pixels, labels, batch.draws, seed)
+        images, targets = self._augment(pixels, labels, batch.draws, seed, weights)
         images = images.to(memory_format=torch.channels_last)
         totals = torch.zeros(3, dtype=torch.float64, device=self._worker.device)
         most_parts = max(batch.num_global // self._worker.world_size, 1)  # the same on every rank

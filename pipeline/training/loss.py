@@ -28,7 +28,7 @@ class Loss:
         `logits` are N×C, `targets` int64 N or probabilities N×C, `weights` float32 N. Label smoothing takes targets t
         to (1 - s)·t + s/C. Cross-entropy is torch's, class weights within the sum over classes included. Binary
         cross-entropy is the mean over classes, as in timm and so in the recipes of Wightman et al. 2021
-        (arXiv:2110.00476), and an image's class weight is that of its targets before smoothing.
+        (arXiv:2110.00476), and an image's class weight is that of its targets before threshold and smoothing.
         """
         logits = logits.float()
         if self._class_weights is not None:
@@ -44,9 +44,10 @@ class Loss:
         num_classes, smoothing = logits.shape[1], self._config.label_smoothing
         if targets.ndim == 1:
             targets = F.one_hot(targets, num_classes).to(logits.dtype)
+        aims = targets
         if self._config.bce_threshold is not None:
-            targets = (targets > self._config.bce_threshold).to(logits.dtype)
-        smoothed = targets * (1 - smoothing) + smoothing / num_classes
+            aims = (targets > self._config.bce_threshold).to(logits.dtype)
+        smoothed = aims * (1 - smoothing) + smoothing / num_classes
         losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").mean(1)
         return losses if self._class_weights is None else losses * (targets @ self._class_weights)
 

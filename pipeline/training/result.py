@@ -81,12 +81,13 @@ def write_records(run: TrainingRun, last: State, facts: Facts) -> None:
 
 def _point_alias(run: TrainingRun, bundle_uri: str) -> None:
     """Point the alias asked for at the bundle, once: by the next time it may lead to a later one."""
-    record_uri = storage.join(run.uri, "alias.json")
-    record = json.dumps({"alias": run.config.alias, "bundle": bundle_uri}).encode()
-    if run.config.alias is None or (storage.exists(record_uri) and storage.read(record_uri) == record):
+    record_uri, wanted = storage.join(run.uri, "alias.json"), {"alias": run.config.alias, "bundle": bundle_uri}
+    pointed = json.loads(storage.read(record_uri)) if storage.exists(record_uri) else []
+    pointed = [pointed] if isinstance(pointed, dict) else pointed  # of an earlier version
+    if run.config.alias is None or wanted in pointed:
         return
     registry.set_alias(run.config.registry, run.config.name, run.config.alias, run.config.version)
-    storage.write(record_uri, record)
+    storage.write(record_uri, json.dumps([*pointed, wanted]).encode())
 
 
 def _metrics(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, Metric]:

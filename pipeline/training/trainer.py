@@ -272,7 +272,8 @@ class _Voice:
         self._was_noticed = False
 
     def begin(self, step: int) -> bool:
-        return bool(ray.get(self._bulletin.begin.remote(self._rank, step)))
+        world_size = ray.train.get_context().get_world_size()
+        return bool(ray.get(self._bulletin.begin.remote(self._rank, step, world_size)))
 
     def observe(self, status: Status) -> None:
         self._answer = self._bulletin.tell.remote(status)

@@ -55,9 +55,10 @@ def make_loader(manifest: Path, **fields) -> TrainLoader:
 
 
 def cached(loader: TrainLoader) -> CachedLoader:
-    return CachedLoader(
-        loader, torch.device("cpu"), lambda pixels, size, draws: crop_padded(pixels, PADDING, size, draws)
-    )
+    def crop(pixels, size, draws):
+        return crop_padded(pixels, PADDING, size, draws)
+
+    return CachedLoader(loader, torch.device("cpu"), crop, largest=SIZE + 2)
 
 
 def loader_of(root: Path, kind: str, **fields) -> Loader:

@@ -36,6 +36,8 @@ def test_a_published_bundle_is_found_by_each_kind_of_reference(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     assert resolve("elsewhere", "models/tiny/2") == uris["2"]
     assert list_versions(registry, "tiny") == ["1", "2", "10"]
+    set_alias(registry, "tiny", "model", "1")  # in a file named like a bundle's
+    assert list_versions(registry, "tiny") == ["1", "2", "10"]
 
 
 def test_an_alias_moves(tmp_path: Path):

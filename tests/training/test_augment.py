@@ -146,7 +146,7 @@ def test_crop_padded_is_the_pad_crop_bit_for_bit(height: int, width: int, paddin
 
 
 def test_crop_padded_says_what_to_do_about_images_that_are_too_small():
-    with pytest.raises(ConfigError, match=r"augment.size: expected at most 40 .*, got 48; .* data.cache"):
+    with pytest.raises(ConfigError, match=r"augment.size, progressive: expected at most 40 .*, got 48; .* data.cache"):
         crop_padded(noise(2, 3, 32, 32), 4, 48, random_draws(2))
 
 
@@ -293,6 +293,24 @@ def test_cutmix_gives_each_class_the_share_of_its_pixels():
         share = (images == original[:, :1, :1]).all(1).float().mean((1, 2))
         assert torch.allclose(targets[:, label], share, atol=1e-6)
     assert ((targets > 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_an_image_that_could_not_be_had_is_mixed_with_none(kind: str):
+    pixels, labels = noise(5, 3, 16, 16), torch.arange(5)
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    images, targets = batch_augment(**{kind: 1.0}, horizontal_flip=0, num_classes=5)(
+        pixels, labels, random_draws(5), 3, weights
+    )
+    mixed, mixed_targets = batch_augment(**{kind: 1.0}, horizontal_flip=0, num_classes=5)(
+        pixels, labels, random_draws(5), 3
+    )
+    whole = torch.tensor([False, False, True, True, False])
+    assert torch.equal(images[whole], PREPROCESSING.normalise(pixels)[whole])
+    assert torch.equal(targets[whole], torch.eye(5)[whole])
+    assert torch.equal(images[~whole], mixed[~whole])
+    assert torch.equal(targets[~whole], mixed_targets[~whole])
+    assert not torch.equal(mixed[whole], images[whole])
 
 
 def test_mixing_depends_on_its_seed_alone_and_takes_both_kinds():

@@ -328,7 +328,7 @@ def test_too_many_images_that_cannot_be_used_stop_the_run():
     add(log, 1, names(10), failed=5)
     log.look()
     add(log, 2, names(10), failed=1)
-    with pytest.raises(RunError, match=r"at most 5\.00% of 100 images .* \(data\.max_error_rate\), got 6 in 1 epochs"):
+    with pytest.raises(RunError, match=r"at most 5% of 100 images .* \(data\.max_error_rate\), got 6 in 1 epochs"):
         log.look()
 
 

@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.data import train_loader
 from pipeline.data.decoders import IsolatedDecoder, WatchedDecoder
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import PipelineError, RunError
+from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.training import checkpoint, evaluate
 from pipeline.training.feed import batches_of, make_loader
 from pipeline.training.loop import Trainee, make_network, refuse_impossible
@@ -113,6 +113,15 @@ def test_a_cached_run_sees_what_an_uncached_one_sees(tmp_path):
     ]
     first, *others = (last_state(run)["network"] for run in runs)
     assert all(largest_difference(first, other) == 0 for other in others)
+
+
+def test_a_size_that_cached_images_are_too_small_for_is_refused_at_the_beginning(tmp_path):
+    make_square_sets(tmp_path)
+    fields = {"augment": {"crop": "pad", "size": 32, "progressive": [(0.5, 512)]}, "data": {"cache": "memory"}}
+    steps = []
+    with pytest.raises(ConfigError, match=r"augment\.size, progressive: expected at most .*, got 512"):
+        train_here(train_config(tmp_path, **fields), Worker(observe=steps.append))
+    assert steps == []
 
 
 def test_accumulation_does_not_change_the_gradient_where_norms_keep_their_statistics(root):
@@ -232,6 +241,7 @@ def test_what_no_worker_could_begin_is_refused_before_its_name_is_taken(root, fi
         {"ema": {"decay": 0.9}},
         {"start": {"bundle": "tiny", "freeze": "trunk"}, "architecture": None, "evaluation": {}},
         {"loss": {"class_weights": "balanced"}},
+        {"augment": {"crop": "pad", "size": 32, "policy": "trivial_augment", "mixup": 0.2, "cutmix": 1.0}},
         {"architecture": {"name": "regnet_y_400mf"}},
         {"compute": {"compile": True}},
     ],

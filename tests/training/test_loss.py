@@ -96,3 +96,10 @@ def test_a_batch_without_images_costs_nothing_but_has_gradients(kind: str):
 def test_balanced_weights_without_images_are_refused(counts: list[int] | None):
     with pytest.raises(ConfigError, match=r"loss.class_weights: .* got none"):
         Loss(LossConfig(class_weights="balanced"), counts)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2, 0.5, 0.8])
+def test_the_class_weight_of_mixed_images_is_that_of_their_shares_whatever_the_threshold(logits: Tensor, threshold):
+    fields = {"kind": "bce", "bce_threshold": threshold}
+    even = Loss(LossConfig.model_validate({**fields, "class_weights": "balanced"}), [7] * NUM_CLASSES)
+    assert torch.allclose(even(logits, MIXED, WEIGHTS), loss(**fields)(logits, MIXED, WEIGHTS))

@@ -190,6 +190,9 @@ def test_an_alias_that_leads_elsewhere_by_now_is_not_moved_back(run, tmp_path):
     assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/2")
     publish(run.model_copy(update={"config": run.config.model_copy(update={"version": "3"})}))
     assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/3")
+    publish(run.model_copy(update={"config": run.config.model_copy(update={"alias": "staging"})}))
+    publish(run)
+    assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/3")
 
 
 # --- the records -----------------------------------------------------------------------------------------------------

@@ -105,3 +105,10 @@ def test_what_is_told_while_the_last_is_taken_in_is_taken_in_too(local_ray):
     ray.get(bulletin.tell.remote({"step": 1}))
     _follow(fit, bulletin, observe, lambda: None)
     assert observed == [1, 2]
+
+
+def test_workers_that_begin_again_in_another_number_were_not_killed_by_an_image():
+    bulletin = Bulletin()
+    assert not any(bulletin.begin(rank, 0, world_size=2) for rank in range(2))
+    assert not any(bulletin.begin(rank, 0, world_size=8) for rank in range(8))
+    assert bulletin.begin(0, 0, world_size=8)
