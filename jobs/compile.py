@@ -5,7 +5,7 @@ python -m jobs.compile --registry URI --bundle NAME --manifest URI --precision b
 
 `predict` does it by itself on first use in runs of 5,000 images and more; doing it before spares a scheduled run the
 wait, and shows the agreement with float32. Runs of any size use networks that are all compiled. What is compiled
-already for the same device, software, precision and batch size is left as it is.
+already for the same device, software, precision, batch size and number of threads is left as it is.
 """
 
 from functools import partial

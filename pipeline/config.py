@@ -84,7 +84,7 @@ def load(config_type: type[Config], argv: list[str]) -> Config:
         known, rest = own.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigError(f"command line: {error}") from error
-    from_yaml = _read_yaml(known.config) if known.config else {}
+    from_yaml = _read_yaml(known.config) if known.config is not None else {}
     try:
         source: Any = CliSettingsSource(
             config_type,

@@ -132,6 +132,8 @@ def test_a_config_without_a_name_is_an_error_like_others():
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load(Example, ["--config", "nowhere.yaml"])
+    with pytest.raises(ConfigError, match="expected a YAML file, found none at ''"):
+        load(Example, ["--config", ""])  # of a variable that is not set
 
 
 def test_a_file_that_may_not_be_read_is_named(yaml_file, monkeypatch):

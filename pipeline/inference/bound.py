@@ -234,11 +234,27 @@ def judge_run(observed: Observed, num_shards: int, layout: Layout, nodes: Sequen
     if observed.num_shards < workers:
         remedy = "smaller ones would keep more of them at work" if num_shards < workers else "no more were left to do"
         advice = f"of {workers} workers {observed.num_shards} had a shard: {remedy}"
+    elif idle := _idle_units(layout, nodes, num_shards):
+        remedy = "a larger compute.actors" if layout.num_actors < num_shards else "smaller shards"
+        advice = f"{idle} had no part in it: {remedy} would give them one"
     elif verdict.binds == "fetch":
         advice = _wish_for_a_store("fetch", reached, bound / reached)
     else:
         advice = verdict.advice
     return Verdict(verdict.binds, bound, reached, advice)
+
+
+def _idle_units(layout: Layout, nodes: Sequence[Node], num_shards: int) -> str:
+    """What more actors would have, in words; nothing where there is none, or it does other work of the run."""
+    if layout.device == "cuda" and layout.num_actors >= num_shards:
+        total, in_use = sum(node.gpus for node in nodes), layout.num_gpus
+    elif layout.device == "cpu" and layout.form == "fused":
+        total = sum(node.cpus // layout.cpus_per_actor for node in nodes) * layout.cpus_per_actor
+        in_use = layout.num_actors * layout.cpus_per_actor
+    else:
+        return ""
+    unit = "GPUs" if layout.device == "cuda" else "CPUs"
+    return f"{total - in_use} of {total} {unit}" if total > in_use else ""
 
 
 def workers_of(layout: Layout, nodes: Sequence[Node]) -> int:
@@ -263,6 +279,8 @@ def _wish_for_units(pool: Pool, costs: StageCosts, ceiling: float, images_per_s:
 
 
 def _wish_for_a_store(stage: Stage, images_per_s: float, growth: float) -> str:
-    remedy = "raise images.fetch_concurrency, pack the images" if stage == "fetch" else "make the shards larger"
+    remedy = "make the shards larger"
+    if stage == "fetch":
+        remedy = "where the images are loose raise images.fetch_concurrency or pack them,"
     raised = f"{images_per_s:,.0f} to {images_per_s * growth:,.0f} images/s"
     return f"a store that kept up would raise {raised}: {remedy} or move nearer to it"

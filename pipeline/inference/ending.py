@@ -61,12 +61,16 @@ def until_too_many_errors(
             num_done += receipt.num_images
             num_errors += receipt.num_errors
             yield receipt
-            if num_errors > config.max_error_rate * num_images and num_done < num_images:
+            if _are_too_many(num_errors, num_images, config) and num_done < num_images:
                 raise RunError(
-                    f"expected at most {config.max_error_rate:.2%} of {num_images} images to be without a result "
+                    f"expected at most {100 * config.max_error_rate:g}% of {num_images} images to be without a result "
                     f"(max_error_rate), {num_errors} of the first {num_done} are; the errors table says why. Raise it "
                     "to go on from here"
                 )
+
+
+def _are_too_many(num_errors: int, num_images: int, config: PredictConfig) -> bool:
+    return num_errors / num_images > config.max_error_rate  # not a product: 0.29 * 100 is less than 29
 
 
 def prove(run: Run) -> Totals:
@@ -94,9 +98,9 @@ def conclude(plan: Plan, config: PredictConfig, totals: Totals, of_attempt: Summ
         "tables": _tables_of(plan.run),
     }
     failure = None
-    if totals.num_errors > config.max_error_rate * totals.num_images:
+    if _are_too_many(totals.num_errors, totals.num_images, config):
         failure = RunError(
-            f"expected at most {config.max_error_rate:.2%} of {totals.num_images} images to be without a result "
+            f"expected at most {100 * config.max_error_rate:g}% of {totals.num_images} images to be without a result "
             f"(max_error_rate), {totals.num_errors} are; the errors table says why",
             **_without(summary, ["status"]),
         )
@@ -134,7 +138,7 @@ def _record(plan: Plan, summary: Summary, failure: PipelineError | None) -> None
     earlier = None if plan.num_pending else _read(plan.run)
     if earlier is not None and earlier.get("message") == (None if failure is None else str(failure)):
         return
-    told = summary if earlier is None else earlier | _without(summary, earlier) | {"status": "done"}
+    told = (summary if earlier is None else earlier | _without(summary, earlier)) | {"status": "done"}
     kept = _without(told, ("status", "error", "message"))
     judged = {"status": told["status"]}
     if failure is not None:

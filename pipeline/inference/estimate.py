@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
 from pipeline.errors import ObjectNotFoundError, RunError, StorageError
+from pipeline.inference import networks
 from pipeline.inference.bound import Observed, cpus_per_gpu, judge_run, observed_costs, pools_of, workers_of
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PredictConfig, PricesConfig
@@ -155,6 +156,7 @@ def try_shards(
     part = Plan(plan.run.model_copy(update={"output_uri": scratch_uri}), plan.manifest, committed=others)
     compiled_before, observed, start = _compilations(plan), Observed(), time.monotonic()
     num_images = sum(shard.num_images for shard in shards)
+    networks.hand_on(plan.run, part.run)
     try:
         with (
             RunProgress(num_images=num_images, num_done=0, interval_s=progress_interval_s) as progress,

@@ -40,7 +40,7 @@ from pipeline.inference.config import PredictConfig
 from pipeline.inference.ending import Summary, conclude, describe, prove, recording_failure, until_too_many_errors
 from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Form, Layout, choose_layout
-from pipeline.inference.plan import Model, Plan, make_plan, record_run
+from pipeline.inference.plan import Model, Plan, as_begun, make_plan, record_run
 from pipeline.inference.workers import (
     SHARDS_AT_ONCE,
     PredictDecoded,
@@ -65,7 +65,7 @@ def predict(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]
     Raises ConfigError, RunError, StorageError, and ReconcileError where the images do not add up in the end.
     """
     start = time.monotonic()
-    layout = choose_layout(nodes, config.compute, manifest.num_shards)
+    layout = choose_layout(nodes, as_begun(config, manifest, models, nodes), manifest.num_shards)
     plan = make_plan(config, manifest, models, layout)
     layout = replace(layout, decode=plan.run.decode)  # an earlier attempt's
     described = {**describe(plan), "layout": asdict(layout)}

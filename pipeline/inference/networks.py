@@ -66,6 +66,12 @@ def _decide(run: Run, manifest: Manifest) -> dict[str, Choice]:
     return mine
 
 
+def hand_on(run: Run, to: Run) -> None:
+    """Have another run do as was decided for this one, where it was. Raises StorageError."""
+    if run.compile != "never" and (decided := choices(run)) is not None:
+        storage.write(_uri(to), _CHOICES.dump_json(decided, indent=1))
+
+
 def describe(run: Run) -> dict[str, str]:
     """How each network was run, for the summary, and why not better."""
     return {name: "; not ".join([str(choice), *choice.refused]) for name, choice in (choices(run) or {}).items()}

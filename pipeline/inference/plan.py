@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import storage
-from pipeline.cluster import Device, default_batch_size
+from pipeline.cluster import Device, Node, default_batch_size
 from pipeline.config import describe, refuse_change
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
@@ -145,6 +145,12 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     kept: dict[str, Any] = {"software": earlier.software}
     if run.device == "cpu":
         kept["num_threads"] = earlier.num_threads
+        if config.compute.cpus_per_actor not in (None, earlier.num_threads):
+            logger.warning(
+                "compute.cpus_per_actor: run %s began with actors of %d threads and keeps these, whatever their CPUs",
+                earlier.run_id,
+                earlier.num_threads,
+            )
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
     if config.compute.compile == config.compute.precision == "auto":
@@ -156,6 +162,29 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     committed = committed_shard_ids(run.uri)
     retried = retries.find(run.uri, committed, config.retry_errors)
     return Plan(run, manifest, committed - retried, retried)
+
+
+def as_begun(
+    config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]
+) -> ComputeConfig:
+    """How a config computes; where it leaves the device and the actors' CPUs open, as an earlier attempt did.
+
+    Raises ConfigError where that was on GPUs and there are none.
+    """
+    compute, earlier = config.compute, _read_run(storage.normalise(config.output), _run_id(config, manifest, models))
+    if earlier is None:
+        return compute
+    kept: dict[str, Any] = {}
+    if compute.device == "auto":
+        kept["device"] = earlier.device
+        if earlier.device == "cuda" and not any(node.gpus for node in nodes):
+            raise ConfigError(
+                f"run {earlier.run_id!r} began on GPUs, and the cluster has none now: add one (cluster.gpus 1 waits "
+                "for it), or set another run_id"
+            )
+    if compute.cpus_per_actor is None and compute.device != "cuda" and earlier.device == "cpu":
+        kept["cpus_per_actor"] = min(earlier.num_threads, max((node.cpus for node in nodes), default=1) or 1)
+    return compute.model_copy(update=kept)
 
 
 def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]) -> Plan | None:
@@ -178,7 +207,8 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
 
     The commits of what is tried again go. Raises ConfigError, StorageError.
     """
-    if _read_run(plan.run.output_uri, plan.run.run_id) is None:
+    is_new = _read_run(plan.run.output_uri, plan.run.run_id) is None
+    if is_new:
         storage.write(storage.join(plan.run.uri, "config.yaml"), config.to_yaml().encode())
     try:
         storage.write(_plan_uri(plan.run.uri), plan.run.model_dump_json(indent=1).encode(), if_absent=True)
@@ -189,22 +219,23 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
     if plan.num_pending:
         if storage.exists(plan.run.summary_uri):
             storage.delete(plan.run.summary_uri)
-        retries.begin(plan.run.uri, plan.retried, config.retry_errors)
+        if not is_new:  # whose own errors are for the next attempt
+            retries.begin(plan.run.uri, plan.retried, config.retry_errors)
         _warn_of_other_software(plan.run)
 
 
 def is_compiled(run: Run) -> bool:
     """Whether its networks were all compiled for such a run by this software, on whatever kind of CPU or GPU."""
-    return all(
-        compiled.is_recorded(
-            model.uri,
-            model.digest,
-            run.device,
-            run.precision,
-            batch_size=run.batch_size,
-            num_threads=run.num_threads,
+    return (run.num_threads if run.device == "cpu" else 0) in _threads_compiled_for(run)
+
+
+def _threads_compiled_for(run: Run) -> set[int]:
+    """The numbers of threads that all its networks were compiled for, were it a run of so many; for GPUs 0."""
+    return set[int].intersection(
+        *(
+            compiled.recorded_threads(model.uri, model.digest, run.device, run.precision, batch_size=run.batch_size)
+            for model in run.models
         )
-        for model in run.models
     )
 
 
@@ -297,7 +328,16 @@ def _choose_compile(run: Run, registry_uri: str | None, earlier: Run | None) -> 
     trusted = None if registry_uri is None else storage.normalise(registry_uri)
     if trusted is None or not all(storage.is_under(model.uri, trusted) for model in run.models):
         return "never"
-    return "auto" if earlier is not None or run.may_compile or is_compiled(run) else "never"
+    if earlier is not None or run.may_compile or is_compiled(run):
+        return "auto"
+    if others := _threads_compiled_for(run):
+        logger.warning(
+            "the networks are compiled for %s threads, and the run's actors have %d: it does without. Set "
+            "compute.cpus_per_actor, or compile for %d (jobs.compile --cpus_per_actor %d)",
+            ", ".join(map(str, sorted(others))),
+            *[run.num_threads] * 3,
+        )
+    return "never"
 
 
 def _resolve_model(reference: str, registry_uri: str | None) -> Model:
@@ -327,7 +367,10 @@ def _read_run(output_uri: str, run_id: str) -> Run | None:
 def _refuse_change(earlier: Run, now: Run) -> None:
     """Fields that decide the tables' bytes must be those it began with; places and how hard to fetch may change."""
     remedy = f"run {now.run_id!r} began otherwise; go back to that, or set another run_id"
-    refuse_change(_deciding_fields(earlier), _deciding_fields(now), remedy)
+    then, this = _deciding_fields(earlier), _deciding_fields(now)
+    if "cuda" in (earlier.device, now.device):
+        then["num_threads"] = this["num_threads"] = None
+    refuse_change(then, this, remedy)
 
 
 def _deciding_fields(run: Run) -> dict[str, Any]:
@@ -335,8 +378,6 @@ def _deciding_fields(run: Run) -> dict[str, Any]:
     fields["models"] = [model.model_dump(exclude={"uri"}) for model in run.models]
     fields["tables"] = run.tables.deciding_fields()
     fields["images"] = run.images.deciding_fields()
-    if run.device == "cuda":
-        del fields["num_threads"]
     return fields
 
 

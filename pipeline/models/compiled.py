@@ -95,16 +95,17 @@ def find(bundle_uri: str, target: Target) -> Record | None:
     return record
 
 
-def is_recorded(
-    bundle_uri: str, bundle_digest: str, device: Device, precision: AskedPrecision, *, batch_size: int, num_threads: int
-) -> bool:
-    """Whether the bundle was compiled for such a run by this software, on whatever kind of CPU or GPU."""
-    wanted = (bundle_digest, device, batch_size, num_threads if device == "cpu" else 0, software())
-    return any(
-        wanted == (target.bundle_digest, target.device, target.batch_size, target.num_threads, target.software)
+def recorded_threads(
+    bundle_uri: str, bundle_digest: str, device: Device, precision: AskedPrecision, *, batch_size: int
+) -> set[int]:
+    """For how many threads the bundle was compiled by this software, on whatever kind of CPU; for GPUs 0, if it was."""
+    wanted = (bundle_digest, device, batch_size, software())
+    return {
+        target.num_threads
         for target in (record.target for record in records(bundle_uri))
+        if wanted == (target.bundle_digest, target.device, target.batch_size, target.software)
         if precision == target.precision or (precision == "auto" and target.precision != "int8")
-    )
+    }
 
 
 def records(bundle_uri: str) -> Iterator[Record]:

@@ -22,9 +22,13 @@ def open_table(uri: str, run_id: str | None = None) -> ds.Dataset:
         location = storage.join(location, f"run_id={run_id}")
     scheme, path = storage.split(location)
     files = PyFileSystem(FSSpecHandler(storage.filesystem(scheme)))
+    folder, _, name = path.rpartition("/")
+    base = folder if name.startswith("run_id=") else path
     partitioning = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
     try:
-        dataset = ds.dataset(path, filesystem=files, format="parquet", partitioning=partitioning)
+        dataset = ds.dataset(
+            path, filesystem=files, format="parquet", partitioning=partitioning, partition_base_dir=base
+        )
     except FileNotFoundError as error:
         raise ObjectNotFoundError(_missing(location)) from error
     if not dataset.files:

@@ -180,3 +180,25 @@ def test_nodes_whose_clocks_do_not_go_together_get_no_verdict():
 def test_verdicts_do_without_torch_and_ray():
     imports = "import sys, pipeline.inference.bound; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imports], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "compute", "num_shards", "advice"),
+    [
+        ([Node(cpus=64)], {}, 1, "60 of 64 CPUs had no part in it: smaller shards would give them one"),
+        ([Node(cpus=64)], {}, 3, "52 of 64 CPUs had no part in it: smaller shards would give them one"),
+        (
+            [Node(cpus=8)],
+            {"actors": 2},
+            9,
+            "6 of 8 CPUs had no part in it: a larger compute.actors would give them one",
+        ),
+        ([Node(cpus=8, gpus=8)], {"form": "fused"}, 2, "6 of 8 GPUs had no part in it: smaller shards would give"),
+        ([Node(cpus=3), Node(cpus=3)], {"cpus_per_actor": 2}, 2, "4 more CPUs would raise"),
+    ],
+)
+def test_more_is_not_advised_where_most_stands_idle(nodes, compute, num_shards, advice):
+    layout = choose_layout(nodes, ComputeConfig(**compute), num_shards)
+    spent = {"decode": 4.0, "predict": 6.0, "write": 0.1}
+    done = observed(*(receipt(index, 0, 10, **spent) for index in range(num_shards)))
+    assert advice in judge_run(done, num_shards, layout, nodes).advice

@@ -10,8 +10,9 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ReconcileError, RunError
+from pipeline.inference import ending
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids
-from pipeline.inference.ending import recording_failure, report_finished, until_too_many_errors
+from pipeline.inference.ending import conclude, prove, recording_failure, report_finished, until_too_many_errors
 from pipeline.inference.plan import finished_plan, record_run, resolve_inputs
 from tests.worlds import config_of, make_world, plan_of, run_without_ray
 
@@ -99,7 +100,7 @@ def test_a_run_stops_as_soon_as_it_has_more_errors_than_all_of_it_may_have(world
     closed: list[bool] = []
     watching = watched(world, closed, 0.03)
     assert [receipt.shard_id for receipt in islice(watching, 4)] == [0, 1, 2, 3]
-    told = r"at most 3\.00% of 100 images .* \(max_error_rate\), 4 of the first 40 are; .* Raise it to go on from here"
+    told = r"at most 3% of 100 images .* \(max_error_rate\), 4 of the first 40 are; .* Raise it to go on from here"
     with pytest.raises(RunError, match=told):
         next(watching)
     assert closed
@@ -108,10 +109,26 @@ def test_a_run_stops_as_soon_as_it_has_more_errors_than_all_of_it_may_have(world
 def test_errors_of_earlier_attempts_count(world):
     watching = watched(world, [], 0.03, committed=3)
     assert next(watching).shard_id == 0
-    with pytest.raises(RunError, match=r"3\.00% of 130 images .* 4 of the first 40 are"):
+    with pytest.raises(RunError, match=r"at most 3% of 130 images .* 4 of the first 40 are"):
         next(watching)
 
 
 @pytest.mark.parametrize("max_error_rate", [0.1, 1.0, 0.099])
 def test_a_run_that_may_have_its_errors_or_is_through_with_all_is_not_stopped(world, max_error_rate):
     assert len(list(watched(world, [], max_error_rate))) == 10
+
+
+def test_as_many_errors_as_are_allowed_are_allowed_whatever_floats_make_of_the_share(world):
+    for num_images in range(1, 120):
+        for num_errors in range(num_images + 1):
+            config = config_of(world, max_error_rate=num_errors / num_images)
+            assert not ending._are_too_many(num_errors, num_images, config)
+            assert num_errors == num_images or ending._are_too_many(num_errors + 1, num_images, config)
+
+
+def test_a_run_killed_before_its_proof_is_told_as_done_and_not_as_done_before(world):
+    run_without_ray(world, run_id="unproven")
+    config = config_of(world, run_id="unproven")
+    plan = plan_of(world, run_id="unproven")
+    assert conclude(plan, config, prove(plan.run), {})["status"] == "was done"
+    assert summary_of(world, "unproven")["status"] == "done"

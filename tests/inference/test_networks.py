@@ -1,15 +1,17 @@
 """How a run's networks are run is decided once, for all its actors and attempts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeline.errors import AccessDeniedError, BundleError, RunError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
-from pipeline.inference.plan import record_run
+from pipeline.inference.plan import make_plan, record_run, resolve_inputs
 from pipeline.models import compiler
 from pipeline.models.compiled import Agreement
-from tests.worlds import config_of, make_world, plan_of
+from tests.worlds import ONE_ACTOR, config_of, make_world, plan_of
 
 
 @pytest.fixture
@@ -132,3 +134,21 @@ def test_a_run_that_began_eager_stays_so_when_its_networks_are_compiled_meanwhil
     record_run(plan_of(world, **fields), config_of(world, **fields))
     decide(world, compile="always", precision=precision)
     assert plan_of(world, **fields).run.compile == "never"
+
+
+def test_networks_compiled_for_other_threads_are_told_of_where_they_are_not_used(world, compiles, caplog):
+    decide(world, compile="always")
+    config = config_of(world, run_id="wider")
+    wider = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, cpus_per_actor=3))
+    assert wider.run.compile == "never"
+    assert "compiled for 2 threads, and the run's actors have 3" in caplog.text
+
+
+def test_a_trial_of_a_run_that_has_begun_runs_its_networks_as_the_run_does(world, compiles):
+    plan = plan_of(world, run_id="begun", compute={"compile": "always"})
+    trial = plan.run.model_copy(update={"output_uri": plan.run.output_uri + "/trial"})
+    networks.hand_on(plan.run, trial)
+    assert networks.choices(trial) is None
+    decided = networks.decide(plan.run, plan.manifest)
+    networks.hand_on(plan.run, trial)
+    assert networks.choices(trial) == decided

@@ -7,10 +7,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.cluster import Node
 from pipeline.errors import BundleError, ConfigError, ManifestError
 from pipeline.inference import plan as planning
 from pipeline.inference.commit import Receipt, commit
-from pipeline.inference.plan import finished_plan, list_run_ids, make_plan, read_run, record_run, resolve_inputs
+from pipeline.inference.layout import choose_layout
+from pipeline.inference.plan import (
+    as_begun,
+    finished_plan,
+    list_run_ids,
+    make_plan,
+    read_run,
+    record_run,
+    resolve_inputs,
+)
 from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of
 
 
@@ -105,6 +115,40 @@ def test_a_run_keeps_the_number_of_threads_it_began_with_on_any_cluster(world):
     config = config_of(world, run_id="threads")
     resumed = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, cpus_per_actor=7))
     assert resumed.run.num_threads == plan_of(world, run_id="threads").run.num_threads == 2
+
+
+def layout_now(world, nodes, **fields):
+    config = config_of(world, **fields)
+    inputs = resolve_inputs(config)
+    return choose_layout(nodes, as_begun(config, *inputs, nodes), num_shards=4)
+
+
+def test_a_run_goes_on_with_the_device_and_the_actors_it_began_with_where_the_config_leaves_them_open(world):
+    record(world, run_id="on-cpus-first")  # with actors of two CPUs
+    with_gpu, fields = [Node(cpus=8, gpus=1)], {"run_id": "on-cpus-first"}
+    now = layout_now(world, with_gpu, **fields)
+    assert (now.device, now.cpus_per_actor, now.num_actors) == ("cpu", 2, 4)
+    assert layout_now(world, [Node(cpus=1)], **fields).cpus_per_actor == 1
+    assert layout_now(world, with_gpu, run_id="new").device == "cuda"
+    config = config_of(world, **fields)
+    assert make_plan(config, *resolve_inputs(config), now).num_pending == 4
+    with pytest.raises(ConfigError, match="device: began with 'cpu', now 'cuda'") as caught:
+        make_plan(config, *resolve_inputs(config), replace(now, device="cuda"))
+    assert "num_threads" not in str(caught.value)
+
+
+def test_a_run_that_began_on_gpus_says_that_they_are_gone(world):
+    config = config_of(world, run_id="gpus-gone")
+    inputs = resolve_inputs(config)
+    record_run(make_plan(config, *inputs, replace(ONE_ACTOR, device="cuda")), config)
+    with pytest.raises(ConfigError, match=r"began on GPUs, and the cluster has none now: add one \(cluster\.gpus 1"):
+        as_begun(config, *inputs, [Node(cpus=2)])
+
+
+def test_a_run_that_keeps_its_threads_says_so_where_other_actors_are_asked_for(world, caplog):
+    record(world, run_id="of-two")
+    assert plan_of(world, run_id="of-two", compute={"cpus_per_actor": 8}).run.num_threads == 2
+    assert "began with actors of 2 threads and keeps these" in caplog.text
 
 
 def test_a_run_on_gpus_takes_the_threads_that_the_cluster_offers_now(world):

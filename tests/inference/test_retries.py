@@ -87,3 +87,14 @@ def test_a_kind_of_error_that_a_run_has_not_is_told_with_those_it_has(world, cap
 def test_what_is_no_kind_of_error_cannot_be_retried(world, kind):
     with pytest.raises(ValidationError, match="retry_errors"):
         config_of(world, retry_errors=[kind])
+
+
+def test_errors_of_the_attempt_that_began_with_retrying_them_are_retried_by_the_next(tmp_path):
+    make_world(tmp_path)
+    fields = {"run_id": "scheduled", "retry_errors": ["decode/too_many_pixels"]}
+    run = run_without_ray(tmp_path, **fields)
+    kinds = prove(run).errors
+    assert "decode/too_many_pixels" in kinds
+    uncommit(run.uri, {0})  # it was stopped before its end
+    pending = {shard.shard_id for shard in plan_of(tmp_path, **fields).pending_shards()}
+    assert pending > {0}

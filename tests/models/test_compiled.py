@@ -75,23 +75,24 @@ def test_what_was_compiled_for_a_gpu_is_not_found_on_a_host_of_another_kind(monk
     assert kinds[0] == {**kinds[1], "host": {"has": "AVX512"}}
 
 
-def test_a_run_knows_whether_its_bundle_was_compiled_for_it(bundle_uri, packages):
+def test_a_run_knows_for_how_many_threads_its_bundle_was_compiled(bundle_uri, packages):
     digest = Bundle.load(bundle_uri).digest
-    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)
+
+    def threads(device="cpu", precision="auto", batch_size=4):
+        return compiled.recorded_threads(bundle_uri, digest, device, precision, batch_size=batch_size)
+
+    assert threads() == set()
     compiler.ensure(bundle_uri, target_of(bundle_uri))
-    assert compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)
-    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=5, num_threads=1)
-    assert not compiled.is_recorded(bundle_uri, digest, "cuda", "auto", batch_size=4, num_threads=1)
-    assert compiled.is_recorded(bundle_uri, digest, "cpu", "float32", batch_size=4, num_threads=1)
-    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "int8", batch_size=4, num_threads=1)
+    assert threads() == threads(precision="float32") == {1}
+    assert threads(batch_size=5) == threads("cuda") == threads(precision="int8") == set()
 
 
 def test_what_was_compiled_in_integers_is_not_what_auto_looks_for(bundle_uri, packages):
     digest = Bundle.load(bundle_uri).digest
     target = target_of(bundle_uri, precision="int8")
     compiler.ensure(bundle_uri, target, lambda: compiler.draw_samples(target.crop_size, 32))
-    assert compiled.is_recorded(bundle_uri, digest, "cpu", "int8", batch_size=4, num_threads=1)
-    assert not compiled.is_recorded(bundle_uri, digest, "cpu", "auto", batch_size=4, num_threads=1)
+    assert compiled.recorded_threads(bundle_uri, digest, "cpu", "int8", batch_size=4) == {1}
+    assert compiled.recorded_threads(bundle_uri, digest, "cpu", "auto", batch_size=4) == set()
 
 
 def test_a_record_of_other_software_that_knows_more_is_no_record_here(bundle_uri, packages):

@@ -73,6 +73,9 @@ def test_a_table_is_read_back_whole_or_by_run(output):
         {"uri": "c", "run_id": "r2"},
     ]
     assert open_table(f"{output}/predictions", run_id="r2").count_rows(filter=ds.field("score") > 0.5) == 2
+    for of_one in (open_table(f"{output}/predictions", "r2"), open_table(f"{output}/predictions/run_id=r2")):
+        assert of_one.to_table()["run_id"].to_pylist() == ["r2", "r2"]
+        assert of_one.count_rows(filter=ds.field("run_id") == "r2") == 2
 
 
 def test_lineage_travels_in_the_schema(output):
