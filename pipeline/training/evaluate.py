@@ -145,8 +145,8 @@ def evaluate(
         )
     if counts.num_errors / manifest.num_images > setup.max_error_rate:
         raise RunError(
-            f"expected at most {100 * setup.max_error_rate:g}% of the {manifest.num_images} images of {manifest.uri!r} to "
-            f"be unusable (max_error_rate, of a training's data), {counts.num_errors} are (rank {rank}: {kinds}); "
+            f"expected at most {100 * setup.max_error_rate:g}% of the {manifest.num_images} images of {manifest.uri!r} "
+            f"to be unusable (max_error_rate, of a training's data), {counts.num_errors} are (rank {rank}: {kinds}); "
             "raise it, or leave them out of the manifest"
         )
     return replace(outcome, counts=counts)

@@ -221,6 +221,7 @@ class Logbook:
         num_epochs = max(math.ceil(self._num_seen / num_images), 1)
         if self._num_failed / (num_epochs * num_images) > most:
             raise RunError(
-                f"expected at most {100 * most:g}% of {num_images} images an epoch to be unusable (data.max_error_rate), "
-                f"got {self._num_failed:.0f} in {num_epochs} epochs begun: is the store reachable, the format known?"
+                f"expected at most {100 * most:g}% of {num_images} images an epoch to be unusable "
+                f"(data.max_error_rate), got {self._num_failed:.0f} in {num_epochs} epochs begun: is the store "
+                "reachable, the format known?"
             )
