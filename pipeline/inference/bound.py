@@ -234,19 +234,19 @@ def judge_run(observed: Observed, num_shards: int, layout: Layout, nodes: Sequen
     if observed.num_shards < workers:
         remedy = "smaller ones would keep more of them at work" if num_shards < workers else "no more were left to do"
         advice = f"of {workers} workers {observed.num_shards} had a shard: {remedy}"
-    elif idle := _idle_units(layout, nodes, num_shards):
-        remedy = "a larger compute.actors" if layout.num_actors < num_shards else "smaller shards"
-        advice = f"{idle} had no part in it: {remedy} would give them one"
     elif verdict.binds == "fetch":
         advice = _wish_for_a_store("fetch", reached, bound / reached)
+    elif idle := _idle_units(layout, nodes, num_shards):
+        remedy = "a larger compute.actors" if layout.num_actors < num_shards else "smaller shards (actors unset)"
+        advice = f"{idle} had no part in it: {remedy} would give them one"
     else:
         advice = verdict.advice
     return Verdict(verdict.binds, bound, reached, advice)
 
 
 def _idle_units(layout: Layout, nodes: Sequence[Node], num_shards: int) -> str:
-    """What more actors would have, in words; nothing where there is none, or it does other work of the run."""
-    if layout.device == "cuda" and layout.num_actors >= num_shards:
+    """What more actors would have, in words, where that is at least as much as these have; else nothing."""
+    if layout.device == "cuda" and layout.gpus_per_actor == 1 and layout.num_actors >= num_shards:
         total, in_use = sum(node.gpus for node in nodes), layout.num_gpus
     elif layout.device == "cpu" and layout.form == "fused":
         total = sum(node.cpus // layout.cpus_per_actor for node in nodes) * layout.cpus_per_actor
@@ -254,7 +254,7 @@ def _idle_units(layout: Layout, nodes: Sequence[Node], num_shards: int) -> str:
     else:
         return ""
     unit = "GPUs" if layout.device == "cuda" else "CPUs"
-    return f"{total - in_use} of {total} {unit}" if total > in_use else ""
+    return f"{total - in_use} of {total} {unit}" if total >= 2 * in_use else ""
 
 
 def workers_of(layout: Layout, nodes: Sequence[Node]) -> int:

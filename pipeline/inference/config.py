@@ -102,7 +102,7 @@ class ComputeConfig(Section):
     """Where the work runs; found from the cluster unless set."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the networks; auto takes GPUs where the cluster has any."""
+    """Device of the networks; auto: what the run began with, at its beginning GPUs where the cluster has any."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where JPEGs are decoded; gpu: by the GPUs that predict; auto: so in the fused form where there is a single CPU to
     an actor. A GPU's pixels are not quite a CPU's: name one where several runs' outputs are compared. A GPU that

@@ -145,12 +145,6 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
     kept: dict[str, Any] = {"software": earlier.software}
     if run.device == "cpu":
         kept["num_threads"] = earlier.num_threads
-        if config.compute.cpus_per_actor not in (None, earlier.num_threads):
-            logger.warning(
-                "compute.cpus_per_actor: run %s began with actors of %d threads and keeps these, whatever their CPUs",
-                earlier.run_id,
-                earlier.num_threads,
-            )
     if config.compute.batch_size is None:
         kept["batch_size"] = earlier.batch_size
     if config.compute.compile == config.compute.precision == "auto":
@@ -167,24 +161,19 @@ def make_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ..
 def as_begun(
     config: PredictConfig, manifest: Manifest, models: tuple[Model, ...], nodes: Sequence[Node]
 ) -> ComputeConfig:
-    """How a config computes; where it leaves the device and the actors' CPUs open, as an earlier attempt did.
+    """How a config computes; where it leaves the device open, on that of an earlier attempt.
 
     Raises ConfigError where that was on GPUs and there are none.
     """
     compute, earlier = config.compute, _read_run(storage.normalise(config.output), _run_id(config, manifest, models))
-    if earlier is None:
+    if earlier is None or compute.device != "auto":
         return compute
-    kept: dict[str, Any] = {}
-    if compute.device == "auto":
-        kept["device"] = earlier.device
-        if earlier.device == "cuda" and not any(node.gpus for node in nodes):
-            raise ConfigError(
-                f"run {earlier.run_id!r} began on GPUs, and the cluster has none now: add one (cluster.gpus 1 waits "
-                "for it), or set another run_id"
-            )
-    if compute.cpus_per_actor is None and compute.device != "cuda" and earlier.device == "cpu":
-        kept["cpus_per_actor"] = min(earlier.num_threads, max((node.cpus for node in nodes), default=1) or 1)
-    return compute.model_copy(update=kept)
+    if earlier.device == "cuda" and not any(node.gpus for node in nodes):
+        raise ConfigError(
+            f"run {earlier.run_id!r} began on GPUs, and the cluster has none now: add one (cluster.gpus 1 waits for "
+            "it), or set another run_id"
+        )
+    return compute.model_copy(update={"device": earlier.device})
 
 
 def finished_plan(config: PredictConfig, manifest: Manifest, models: tuple[Model, ...]) -> Plan | None:
@@ -207,8 +196,7 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
 
     The commits of what is tried again go. Raises ConfigError, StorageError.
     """
-    is_new = _read_run(plan.run.output_uri, plan.run.run_id) is None
-    if is_new:
+    if _read_run(plan.run.output_uri, plan.run.run_id) is None:
         storage.write(storage.join(plan.run.uri, "config.yaml"), config.to_yaml().encode())
     try:
         storage.write(_plan_uri(plan.run.uri), plan.run.model_dump_json(indent=1).encode(), if_absent=True)
@@ -219,18 +207,24 @@ def record_run(plan: Plan, config: PredictConfig) -> None:
     if plan.num_pending:
         if storage.exists(plan.run.summary_uri):
             storage.delete(plan.run.summary_uri)
-        if not is_new:  # whose own errors are for the next attempt
+        if plan.committed or plan.retried:  # the errors of a first attempt are for the next
             retries.begin(plan.run.uri, plan.retried, config.retry_errors)
         _warn_of_other_software(plan.run)
+        _warn_of_other_threads(plan.run, config)
 
 
 def is_compiled(run: Run) -> bool:
     """Whether its networks were all compiled for such a run by this software, on whatever kind of CPU or GPU."""
-    return (run.num_threads if run.device == "cpu" else 0) in _threads_compiled_for(run)
+    return _threads_of(run) in _threads_compiled_for(run)
+
+
+def _threads_of(run: Run) -> int:
+    """Of its forward passes, as far as they decide a compiled network."""
+    return run.num_threads if run.device == "cpu" else 0
 
 
 def _threads_compiled_for(run: Run) -> set[int]:
-    """The numbers of threads that all its networks were compiled for, were it a run of so many; for GPUs 0."""
+    """The `_threads_of` runs that all its networks were compiled for."""
     return set[int].intersection(
         *(
             compiled.recorded_threads(model.uri, model.digest, run.device, run.precision, batch_size=run.batch_size)
@@ -310,6 +304,18 @@ def _warn_of_other_software(run: Run) -> None:
         )
 
 
+def _warn_of_other_threads(run: Run, config: PredictConfig) -> None:
+    size = config.compute.cpus_per_actor
+    if run.device == "cpu" and size not in (None, run.num_threads):
+        logger.warning(
+            "run %s began with actors of %d threads and keeps these, though each now has %d CPUs; for as many threads "
+            "set another run_id",
+            run.run_id,
+            run.num_threads,
+            size,
+        )
+
+
 def _unlike_default(config: PredictConfig) -> list[Any]:
     """Other fields that decide the tables' bytes, where they are set; left out otherwise, as before there were any."""
     default, compute = ComputeConfig(), config.compute
@@ -328,13 +334,16 @@ def _choose_compile(run: Run, registry_uri: str | None, earlier: Run | None) -> 
     trusted = None if registry_uri is None else storage.normalise(registry_uri)
     if trusted is None or not all(storage.is_under(model.uri, trusted) for model in run.models):
         return "never"
-    if earlier is not None or run.may_compile or is_compiled(run):
+    if earlier is not None or run.may_compile:
         return "auto"
-    if others := _threads_compiled_for(run):
+    found = _threads_compiled_for(run)
+    if _threads_of(run) in found:
+        return "auto"
+    if found:
         logger.warning(
             "the networks are compiled for %s threads, and the run's actors have %d: it does without. Set "
             "compute.cpus_per_actor, or compile for %d (jobs.compile --cpus_per_actor %d)",
-            ", ".join(map(str, sorted(others))),
+            ", ".join(map(str, sorted(found))),
             *[run.num_threads] * 3,
         )
     return "never"

@@ -245,7 +245,8 @@ def attempt_each(attempts: Any, stage: str, shards: Iterable[Shard], work: Calla
             with attempting(attempts, stage, again) as attempt:
                 result = work(again, attempt)
             yield result
-        num_together = max(1, min(_MOST_GROWTH * len(together), round(len(together) * _TOGETHER_S / took_s)))
+        if first:
+            num_together = max(1, min(_MOST_GROWTH * len(together), round(len(together) * _TOGETHER_S / took_s)))
 
 
 def _begin(attempts: Any, stage: str, shards: Sequence[Shard], *, is_alone: bool = False) -> list[int]:

@@ -22,8 +22,7 @@ def open_table(uri: str, run_id: str | None = None) -> ds.Dataset:
         location = storage.join(location, f"run_id={run_id}")
     scheme, path = storage.split(location)
     files = PyFileSystem(FSSpecHandler(storage.filesystem(scheme)))
-    folder, _, name = path.rpartition("/")
-    base = folder if name.startswith("run_id=") else path
+    base = path.rpartition("/run_id=")[0] or path  # below the folder of one run nothing names it
     partitioning = ds.partitioning(pa.schema([("run_id", pa.string())]), flavor="hive")
     try:
         dataset = ds.dataset(

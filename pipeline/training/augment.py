@@ -45,7 +45,8 @@ def size_at(config: AugmentConfig, progress: float) -> int:
 
 def sizes(config: AugmentConfig) -> list[int]:
     """The sides of the training images, from the beginning on."""
-    return [config.size, *(size for _, size in config.progressive)]
+    starts = [start for start, _ in config.progressive]
+    return [*([] if 0 in starts else [config.size]), *(size for _, size in config.progressive)]
 
 
 class Geometry:
@@ -122,7 +123,8 @@ def crop_padded(pixels: Tensor, padding: int, size: int, draws: Tensor) -> Tenso
     if min(height, width) + 2 * padding < size:
         raise ConfigError(
             f"augment.size, progressive: expected at most {min(height, width) + 2 * padding} for cached images of "
-            f"{height}×{width} with padding {padding}, got {size}; lower it, or set data.cache to none"
+            f"{height}×{width} with padding {padding}, got {size}; lower it or set data.cache to none, with another "
+            "run_id"
         )
     top = to_device((draws[:, CROP_Y] * (height + 2 * padding - size + 1)).long(), pixels.device)
     left = to_device((draws[:, CROP_X] * (width + 2 * padding - size + 1)).long(), pixels.device)

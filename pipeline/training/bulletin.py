@@ -19,7 +19,10 @@ class Bulletin(Witness):
         self._ended: tuple[PipelineError | None, bytes] = None, b""
 
     def begin(self, rank: int, step: int, world_size: int) -> bool:
-        """A rank of so many begins from that step; whether it has before: a change of their number explains itself."""
+        """A rank of so many begins from that step; whether one has before.
+
+        Among another number it may not have been killed; if an image did kill it, the next beginning tells.
+        """
         beginning = rank, step, world_size
         has_begun = beginning in self._begun
         self._begun.add(beginning)

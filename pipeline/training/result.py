@@ -1,6 +1,7 @@
 """What a finished training leaves: the best weights as a bundle, and the run's history, errors and report."""
 
 import json
+import logging
 from collections import Counter
 from typing import Any, TypeGuard
 
@@ -22,6 +23,8 @@ from pipeline.training.counts import from_entries
 from pipeline.training.loop import make_network
 from pipeline.training.protocol import Protocol
 from pipeline.training.run import MAY_CHANGE, TrainingRun
+
+logger = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
 _NOT_OF_THE_WEIGHTS = {field: what for field, what in MAY_CHANGE.items() if field not in ("name", "version")}
@@ -81,13 +84,21 @@ def write_records(run: TrainingRun, last: State, facts: Facts) -> None:
 
 def _point_alias(run: TrainingRun, bundle_uri: str) -> None:
     """Point the alias asked for at the bundle, once: by the next time it may lead to a later one."""
+    if run.config.alias is None:
+        return
     record_uri, wanted = storage.join(run.uri, "alias.json"), {"alias": run.config.alias, "bundle": bundle_uri}
     pointed = json.loads(storage.read(record_uri)) if storage.exists(record_uri) else []
     pointed = [pointed] if isinstance(pointed, dict) else pointed  # of an earlier version
-    if run.config.alias is None or wanted in pointed:
-        return
-    registry.set_alias(run.config.registry, run.config.name, run.config.alias, run.config.version)
-    storage.write(record_uri, json.dumps([*pointed, wanted]).encode())
+    if wanted not in pointed:
+        registry.set_alias(run.config.registry, run.config.name, run.config.alias, run.config.version)
+        storage.write(record_uri, json.dumps([*pointed, wanted]).encode())
+    elif (now := registry.resolve(run.config.registry, f"{run.config.name}@{run.config.alias}")) != bundle_uri:
+        logger.warning(
+            "alias %s leads to %s and stays there: this run has pointed it to %s before; registry.set_alias moves it",
+            run.config.alias,
+            now,
+            bundle_uri,
+        )
 
 
 def _metrics(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, Metric]:

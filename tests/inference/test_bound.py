@@ -185,16 +185,17 @@ def test_verdicts_do_without_torch_and_ray():
 @pytest.mark.parametrize(
     ("nodes", "compute", "num_shards", "advice"),
     [
-        ([Node(cpus=64)], {}, 1, "60 of 64 CPUs had no part in it: smaller shards would give them one"),
-        ([Node(cpus=64)], {}, 3, "52 of 64 CPUs had no part in it: smaller shards would give them one"),
+        ([Node(cpus=64)], {}, 1, "60 of 64 CPUs had no part in it: smaller shards"),
+        ([Node(cpus=64)], {}, 3, "52 of 64 CPUs had no part in it: smaller shards"),
         (
             [Node(cpus=8)],
             {"actors": 2},
             9,
-            "6 of 8 CPUs had no part in it: a larger compute.actors would give them one",
+            "6 of 8 CPUs had no part in it: a larger compute.actors would",
         ),
-        ([Node(cpus=8, gpus=8)], {"form": "fused"}, 2, "6 of 8 GPUs had no part in it: smaller shards would give"),
+        ([Node(cpus=8, gpus=8)], {"form": "fused"}, 2, "6 of 8 GPUs had no part in it: smaller shards"),
         ([Node(cpus=3), Node(cpus=3)], {"cpus_per_actor": 2}, 2, "4 more CPUs would raise"),
+        ([Node(cpus=8)], {"actors": 7}, 9, "7 more CPUs would raise"),
     ],
 )
 def test_more_is_not_advised_where_most_stands_idle(nodes, compute, num_shards, advice):

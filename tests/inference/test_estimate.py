@@ -10,11 +10,13 @@ import pytest
 from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.errors import RunError, StorageError
+from pipeline.inference import networks
 from pipeline.inference.bound import Observed
 from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PricesConfig
 from pipeline.inference.estimate import Cost, choose_sample, estimate_run, outcome, sweep_trials, try_shards
 from pipeline.inference.layout import Layout
+from pipeline.inference.networks import Choice
 from pipeline.inference.plan import Plan
 from tests.worlds import config_of, list_images, make_bundle, plan_of
 
@@ -136,6 +138,19 @@ def test_a_trial_that_fails_and_leaves_what_cannot_be_removed_tells_why_it_faile
     monkeypatch.setattr(storage, "delete_folder", refuse)
     with pytest.raises(RunError, match="a worker failed"):
         try_shards(plan, LAYOUT, choose_sample(plan, 2), f"{plan.run.uri}/estimate", work, progress_interval_s=60)
+
+
+def test_a_trial_of_a_run_that_has_begun_runs_its_networks_as_the_run_does(world):
+    plan, seen = plan_of(world, run_id="begun", compute={"compile": "always"}), []
+    decided = {"tiny/1": Choice(precision="float32", is_compiled=False)}
+    storage.write(networks._uri(plan.run), networks._CHOICES.dump_json(decided))
+
+    def work(part: Plan, layout: Layout) -> Iterator[Receipt]:
+        seen.append(networks.choices(part.run))
+        yield from play(part, layout)
+
+    try_shards(plan, LAYOUT, choose_sample(plan, 2), f"{plan.run.uri}/estimate", work, progress_interval_s=60)
+    assert seen == [decided]
 
 
 def test_what_a_killed_trial_left_is_swept_and_nothing_else(world):

@@ -142,13 +142,3 @@ def test_networks_compiled_for_other_threads_are_told_of_where_they_are_not_used
     wider = make_plan(config, *resolve_inputs(config), replace(ONE_ACTOR, cpus_per_actor=3))
     assert wider.run.compile == "never"
     assert "compiled for 2 threads, and the run's actors have 3" in caplog.text
-
-
-def test_a_trial_of_a_run_that_has_begun_runs_its_networks_as_the_run_does(world, compiles):
-    plan = plan_of(world, run_id="begun", compute={"compile": "always"})
-    trial = plan.run.model_copy(update={"output_uri": plan.run.output_uri + "/trial"})
-    networks.hand_on(plan.run, trial)
-    assert networks.choices(trial) is None
-    decided = networks.decide(plan.run, plan.manifest)
-    networks.hand_on(plan.run, trial)
-    assert networks.choices(trial) == decided

@@ -11,7 +11,7 @@ from pipeline.cluster import Node
 from pipeline.errors import BundleError, ConfigError, ManifestError
 from pipeline.inference import plan as planning
 from pipeline.inference.commit import Receipt, commit
-from pipeline.inference.layout import choose_layout
+from pipeline.inference.flow import predict
 from pipeline.inference.plan import (
     as_begun,
     finished_plan,
@@ -117,23 +117,14 @@ def test_a_run_keeps_the_number_of_threads_it_began_with_on_any_cluster(world):
     assert resumed.run.num_threads == plan_of(world, run_id="threads").run.num_threads == 2
 
 
-def layout_now(world, nodes, **fields):
-    config = config_of(world, **fields)
-    inputs = resolve_inputs(config)
-    return choose_layout(nodes, as_begun(config, *inputs, nodes), num_shards=4)
-
-
-def test_a_run_goes_on_with_the_device_and_the_actors_it_began_with_where_the_config_leaves_them_open(world):
-    record(world, run_id="on-cpus-first")  # with actors of two CPUs
-    with_gpu, fields = [Node(cpus=8, gpus=1)], {"run_id": "on-cpus-first"}
-    now = layout_now(world, with_gpu, **fields)
-    assert (now.device, now.cpus_per_actor, now.num_actors) == ("cpu", 2, 4)
-    assert layout_now(world, [Node(cpus=1)], **fields).cpus_per_actor == 1
-    assert layout_now(world, with_gpu, run_id="new").device == "cuda"
-    config = config_of(world, **fields)
-    assert make_plan(config, *resolve_inputs(config), now).num_pending == 4
+def test_a_run_goes_on_with_the_device_it_began_with_where_the_config_leaves_it_open(world):
+    record(world, run_id="on-cpus-first")
+    config = config_of(world, run_id="on-cpus-first", dry_run=True)
+    inputs, with_gpu = resolve_inputs(config), [Node(cpus=8, gpus=1)]
+    assert predict(config, *inputs, with_gpu)["layout"]["device"] == "cpu"
+    assert as_begun(config_of(world, run_id="new"), *inputs, with_gpu).device == "auto"
     with pytest.raises(ConfigError, match="device: began with 'cpu', now 'cuda'") as caught:
-        make_plan(config, *resolve_inputs(config), replace(now, device="cuda"))
+        make_plan(config, *inputs, replace(ONE_ACTOR, device="cuda"))
     assert "num_threads" not in str(caught.value)
 
 
@@ -147,8 +138,8 @@ def test_a_run_that_began_on_gpus_says_that_they_are_gone(world):
 
 def test_a_run_that_keeps_its_threads_says_so_where_other_actors_are_asked_for(world, caplog):
     record(world, run_id="of-two")
-    assert plan_of(world, run_id="of-two", compute={"cpus_per_actor": 8}).run.num_threads == 2
-    assert "began with actors of 2 threads and keeps these" in caplog.text
+    assert record(world, run_id="of-two", compute={"cpus_per_actor": 8}).num_threads == 2
+    assert "began with actors of 2 threads and keeps these, though each now has 8 CPUs" in caplog.text
 
 
 def test_a_run_on_gpus_takes_the_threads_that_the_cluster_offers_now(world):

@@ -15,6 +15,7 @@ from pipeline.data.decoders import IsolatedDecoder, WatchedDecoder
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.training import checkpoint, evaluate
+from pipeline.training.augment import BatchAugment
 from pipeline.training.feed import batches_of, make_loader
 from pipeline.training.loop import Trainee, make_network, refuse_impossible
 from pipeline.training.run import TrainingRun, make_run
@@ -113,6 +114,19 @@ def test_a_cached_run_sees_what_an_uncached_one_sees(tmp_path):
     ]
     first, *others = (last_state(run)["network"] for run in runs)
     assert all(largest_difference(first, other) == 0 for other in others)
+
+
+def test_the_mixing_knows_which_images_could_not_be_had(tmp_path, monkeypatch):
+    make_sets(tmp_path, num_train=24, num_evaluation=12, num_broken=3)
+    mix, weights = BatchAugment.__call__, []
+
+    def watched(self, pixels, labels, draws, seed, of_images):
+        weights.append(of_images)
+        return mix(self, pixels, labels, draws, seed, of_images)
+
+    monkeypatch.setattr(BatchAugment, "__call__", watched)
+    train_here(train_config(tmp_path, epochs=1, data={"max_error_rate": 0.25}, augment={"mixup": 0.2, "size": 32}))
+    assert (torch.cat(weights) == 0).sum() == 3
 
 
 def test_a_size_that_cached_images_are_too_small_for_is_refused_at_the_beginning(tmp_path):

@@ -178,7 +178,7 @@ def test_a_version_that_became_anothers_is_refused(run, tmp_path):
     assert uri == registry.resolve(run.config.registry, "shapes/2")
 
 
-def test_an_alias_that_leads_elsewhere_by_now_is_not_moved_back(run, tmp_path):
+def test_an_alias_that_leads_elsewhere_by_now_is_not_moved_back(run, tmp_path, caplog):
     leave_states(run, {12: 0.5})
     publish(run)
     run = run.model_copy(update={"config": run.config.model_copy(update={"alias": "production"})})
@@ -188,6 +188,7 @@ def test_an_alias_that_leads_elsewhere_by_now_is_not_moved_back(run, tmp_path):
     registry.set_alias(run.config.registry, "shapes", "production", "2")
     publish(run)
     assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/2")
+    assert "alias production leads to" in caplog.text
     publish(run.model_copy(update={"config": run.config.model_copy(update={"version": "3"})}))
     assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/3")
     publish(run.model_copy(update={"config": run.config.model_copy(update={"alias": "staging"})}))
