@@ -41,7 +41,8 @@ def uris_of(plan) -> list[str]:
 
 
 def table(run, name: str) -> list[dict]:
-    return open_table(storage.join(run.output_uri, name), run.run_id).to_table().to_pylist()
+    whole = open_table(storage.join(run.output_uri, name), run.run_id).to_table()
+    return whole.drop_columns(["run_id"]).to_pylist()
 
 
 def test_every_image_is_in_exactly_one_of_predictions_and_errors_in_manifest_order(world):
