@@ -109,3 +109,24 @@ def run_without_ray(root: Path, **fields: Any) -> Run:
         batches = load_shard(run, manifest, shard, predictor.preprocessings, num_threads=2, isolated=False, log=log)
         commit(run.uri, predict_shard(run, manifest, shard, batches, predictor, log=log))
     return run
+
+
+def run_with_ray(root: Path, **fields: Any) -> dict[str, Any]:
+    """A run over a world, on the Ray that is connected; its summary."""
+    from pipeline.cluster import Node
+    from pipeline.inference.flow import predict
+
+    config = config_of(root, **fields)
+    return predict(config, *resolve_inputs(config), [Node(cpus=2)])
+
+
+def files_of(root: Path, run_id: str) -> dict[str, bytes]:
+    """The table files of a run over a world."""
+    paths = sorted(root.glob(f"tables/*/run_id={run_id}/*.parquet"))
+    return {f"{path.parent.parent.name}/{path.name}": path.read_bytes() for path in paths}
+
+
+def have_tasks(monkeypatch: Any, num_tasks: int) -> None:
+    """Have a run's shards be so many tasks."""
+    monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", num_tasks)
+    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_PROCESSOR", 0)

@@ -9,20 +9,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import pytest
 import ray
 
-from pipeline.cluster import Node
 from pipeline.data.manifest import Shard
 from pipeline.errors import BundleError, ManifestError, RunError, StorageError
-from pipeline.inference import blocks, workers
+from pipeline.inference import blocks
 from pipeline.inference.blocks import PreparedShard
-from pipeline.inference.flow import _failure, predict, run_shards, shard_dataset
+from pipeline.inference.flow import _failure, run_shards, shard_dataset
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import read_run, resolve_inputs
+from pipeline.inference.plan import read_run
 from pipeline.inference.reconcile import find_faults
 from pipeline.inference.workers import (
     PredictDecoded,
@@ -33,9 +30,8 @@ from pipeline.inference.workers import (
 )
 from pipeline.tables import open_table
 from tests.jpegs import NvjpegOnCpu
-from tests.worlds import config_of, make_world, plan_of, run_without_ray
+from tests.worlds import files_of, have_tasks, make_world, plan_of, run_with_ray, run_without_ray
 
-NODES = [Node(cpus=2)]
 TABLES = {"names": ["predictions", "embeddings"]}
 
 
@@ -58,21 +54,11 @@ def no_collector():
     gc.enable()
 
 
-def run(world: Path, **fields):
-    config = config_of(world, **fields)
-    return predict(config, *resolve_inputs(config), NODES)
-
-
-def files_of(world: Path, run_id: str) -> dict[str, bytes]:
-    paths = sorted(world.glob(f"tables/*/run_id={run_id}/*.parquet"))
-    return {f"{path.parent.parent.name}/{path.name}": path.read_bytes() for path in paths}
-
-
 @pytest.mark.ray
 def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
     run_without_ray(world, run_id="alone", tables=TABLES)
     for form in ("fused", "split"):
-        summary = run(world, run_id=form, tables=TABLES, compute={"form": form})
+        summary = run_with_ray(world, run_id=form, tables=TABLES, compute={"form": form})
         assert (summary["status"], summary["layout"]["form"]) == ("done", form)
         assert (summary["num_predicted"], summary["num_errors"]) == (27, 3)
         assert list(find_faults(read_run(summary["output"], form))) == []
@@ -88,7 +74,7 @@ def test_actors_decode_the_shards_that_are_too_large_for_tasks(world, local_ray,
 
     run_without_ray(world, run_id="alone", tables=TABLES)
     monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_nothing)
-    summary = run(world, run_id="large", tables=TABLES, compute={"form": "split"})
+    summary = run_with_ray(world, run_id="large", tables=TABLES, compute={"form": "split"})
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 27, 3)
     assert files_of(world, "large") == files_of(world, "alone")
 
@@ -148,7 +134,9 @@ def test_shards_that_tasks_fetch_for_gpus_give_the_tables_of_other_forms(
 def test_a_compiled_run_writes_the_same_bytes_again_and_says_how_it_computed(tmp_path, local_ray):
     make_world(tmp_path)  # of its own: what is compiled there others would use
     for run_id in ("compiled", "again"):
-        summary = run(tmp_path, run_id=run_id, tables=TABLES, compute={"compile": "always", "precision": "bfloat16"})
+        summary = run_with_ray(
+            tmp_path, run_id=run_id, tables=TABLES, compute={"compile": "always", "precision": "bfloat16"}
+        )
         assert (summary["status"], summary["num_predicted"]) == ("done", 27)
         assert list(find_faults(read_run(summary["output"], run_id))) == []
     assert files_of(tmp_path, "compiled") == files_of(tmp_path, "again")
@@ -171,7 +159,7 @@ def test_tasks_decode_apart_from_the_actors_of_one_cpu_that_predict(world, local
 
     monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_and_tell)
     monkeypatch.setattr("pipeline.inference.flow.PredictDecoded", Telling)
-    summary = run(world, run_id="apart", compute={"form": "split", "cpus_per_actor": 1})
+    summary = run_with_ray(world, run_id="apart", compute={"form": "split", "cpus_per_actor": 1})
     assert summary["status"] == "done"
     tasks, actors = ({path.name.split("-")[1] for path in processes.glob(f"{kind}-*")} for kind in ("task", "actor"))
     assert (bool(tasks), len(actors), tasks & actors) == (True, 1, set())
@@ -183,22 +171,22 @@ def test_a_rerun_does_only_what_is_not_committed(world, local_ray):
     commits = world / "tables/_runs/resumed/commits"
     untouched = (commits / "00000000.json").read_bytes()
     (commits / "00000002.json").unlink()
-    summary = run(world, run_id="resumed")
+    summary = run_with_ray(world, run_id="resumed")
     assert (summary["status"], summary["num_pending"], summary["num_images"]) == ("done", 1, 30)
     assert (commits / "00000000.json").read_bytes() == untouched
     kept = (commits.parent / "summary.json").read_bytes()
     with pytest.raises(RunError, match=r"at most 9% of 30 images .* \(max_error_rate\), 3 are") as caught:
-        run(world, run_id="resumed", max_error_rate=0.09)
+        run_with_ray(world, run_id="resumed", max_error_rate=0.09)
     assert caught.value.details["num_errors"] == 3
     recorded = json.loads((commits.parent / "summary.json").read_text())
     assert (recorded["status"], recorded["message"]) == ("failed", str(caught.value))
-    again = run(world, run_id="resumed")
+    again = run_with_ray(world, run_id="resumed")
     assert (again["status"], again["num_pending"], again["num_predicted"]) == ("was done", 0, 27)
     assert (commits.parent / "summary.json").read_bytes() == kept
 
 
 def test_a_dry_run_touches_nothing(world):
-    summary = run(world, run_id="dry", dry_run=True)
+    summary = run_with_ray(world, run_id="dry", dry_run=True)
     assert (summary["status"], summary["num_pending"]) == ("dry run", 4)
     assert not (world / "tables/_runs/dry").exists()
 
@@ -206,11 +194,11 @@ def test_a_dry_run_touches_nothing(world):
 @pytest.mark.ray
 def test_an_estimate_writes_no_table_and_the_run_is_compared_with_it(world, local_ray):
     prices = {"per_cpu_hour": 0.5, "currency": "EUR"}
-    estimate = run(world, run_id="tried", plan=True, prices=prices)
+    estimate = run_with_ray(world, run_id="tried", plan=True, prices=prices)
     assert (estimate["status"], estimate["num_pending"], estimate["sample_images"]) == ("estimated", 4, 30)
     assert list((world / "tables").glob("*/run_id=tried")) == []
     assert [path.name for path in (world / "tables/_runs/tried").iterdir()] == ["estimate.json"]
-    summary = run(world, run_id="tried", prices=prices)
+    summary = run_with_ray(world, run_id="tried", prices=prices)
     assert list(find_faults(read_run(summary["output"], "tried"))) == []
     told = summary["estimate"]
     assert (told["duration_s"], told["cost"]["currency"]) == (estimate["duration_s"], "EUR")
@@ -226,7 +214,7 @@ def test_what_stops_a_worker_stops_the_run_with_its_reason_and_frees_its_cpus(wo
     blocked.mkdir()
     (blocked / "predictions").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="blocked/predictions") as caught:
-        run(world, run_id="blocked", output=str(blocked))
+        run_with_ray(world, run_id="blocked", output=str(blocked))
     assert_all_cpus_come_free(caught.value)
 
 
@@ -244,7 +232,7 @@ def test_a_run_that_fails_after_its_first_commits_frees_its_cpus(world, local_ra
 
     monkeypatch.setattr("pipeline.inference.flow.PredictFused", FailsLate)
     with pytest.raises(RunError, match="no more") as caught:
-        run(world, run_id="fails-late")
+        run_with_ray(world, run_id="fails-late")
     assert_all_cpus_come_free(caught.value)
 
 
@@ -255,7 +243,7 @@ def test_a_commit_that_fails_ends_the_work_and_frees_its_cpus(world, local_ray, 
 
     monkeypatch.setattr("pipeline.inference.flow.commit", fail)
     with pytest.raises(StorageError, match="no space left") as caught:
-        run(world, run_id="full-disk")
+        run_with_ray(world, run_id="full-disk")
     assert_all_cpus_come_free(caught.value)
 
 
@@ -273,7 +261,7 @@ def test_bad_input_that_a_worker_meets_is_told_as_such(local_ray, tmp_path):
     for images in (tmp_path / "manifest").glob("images-*.parquet"):
         images.unlink()
     with pytest.raises(ManifestError, match=r"^expected a readable images-\w+-00000\.parquet in the manifest at"):
-        run(tmp_path, run_id="without-images")
+        run_with_ray(tmp_path, run_id="without-images")
 
 
 @pytest.mark.parametrize(
@@ -311,107 +299,17 @@ def test_very_many_shards_are_fewer_tasks_of_a_bounded_size(local_ray, num_shard
 def test_a_task_may_have_several_shards(world, local_ray, monkeypatch):
     have_tasks(monkeypatch, 2)
     for form in ("fused", "split"):
-        summary = run(world, run_id=f"several-{form}", compute={"form": form})
+        summary = run_with_ray(world, run_id=f"several-{form}", compute={"form": form})
         assert (summary["status"], summary["num_shards"], summary["num_predicted"]) == ("done", 4, 27)
         assert list(find_faults(read_run(summary["output"], f"several-{form}"))) == []
-
-
-def have_tasks(monkeypatch, num_tasks):
-    monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", num_tasks)
-    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_PROCESSOR", 0)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_on_a_full_cluster_says_what_it_waits_for(world, full_cluster, caplog):
-    summary = run(world, run_id="waited", compute={"form": "split", "cpus_per_actor": 1})
+    summary = run_with_ray(world, run_id="waited", compute={"form": "split", "cpus_per_actor": 1})
     assert summary["status"] == "done"
     assert "not begun within 2 s: 1 actors of 1 CPU each, tasks of 1 CPU each; free" in caplog.text
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_the_shard_that_kills_its_process_is_the_one_that_is_named(world, local_ray, monkeypatch):
-    class Killed(PredictFused):
-        def _take(self, shard, attempt):
-            if shard.shard_id == 2:
-                time.sleep(0.3)  # the other shard of this process is under way
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super()._take(shard, attempt)
-
-    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
-    with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
-        run(world, run_id="killed")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_of_shards_begun_together_the_one_that_kills_their_process_is_named(world, local_ray, monkeypatch, tmp_path):
-    class Killed(PredictFused):
-        def __init__(self, run, attempts):
-            workers._TOGETHER_S = 100  # of the actor's process
-            super().__init__(run, attempts)
-
-        def _take(self, shard, attempt):
-            (tmp_path / f"{shard.shard_id}-{attempt}").touch()
-            if shard.shard_id == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super()._take(shard, attempt)
-
-    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Killed)
-    have_tasks(monkeypatch, 1)
-    with pytest.raises(RunError, match="shard 2 was begun 3 times and its process died each time"):
-        run(world, run_id="killed-together")
-    tried = sorted(path.name for path in tmp_path.iterdir())
-    assert tried == ["0-1", "1-1", "1-2", "2-1", "2-2", "2-3"]  # 0 was ended before the others were begun
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["fused", "split"])
-def test_an_image_that_holds_its_decoder_is_decoded_by_itself_and_harms_no_other(
-    world, local_ray, monkeypatch, caplog, form
-):
-    held = next((world / "images").rglob("*.jpg")).read_bytes()
-
-    def hold() -> None:
-        from pipeline.data import decoders, images
-
-        decode = images.decode
-        images.decode = lambda data, **options: time.sleep(600) if data == held else decode(data, **options)
-        decoders.WatchedDecoder = partial(decoders.WatchedDecoder, timeout_s=1)
-
-    class Holding(PredictFused):
-        def __call__(self, rows):
-            hold()
-            return super().__call__(rows)
-
-    def decode_holding(rows, run, attempts):
-        hold()
-        return decode_shard(rows, run, attempts)
-
-    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Holding)
-    monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_holding)
-    summary = run(world, run_id=f"held-{form}", tables=TABLES, compute={"form": form})
-    assert (summary["status"], summary["num_predicted"]) == ("done", 27)
-    assert "an image takes more than 1 s to decode: its process ends" in caplog.text
-    run_without_ray(world, run_id="alone", tables=TABLES)
-    assert files_of(world, f"held-{form}") == files_of(world, "alone")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_images_that_crash_in_several_shards_harm_no_other_shard(world, local_ray, monkeypatch):
-    class Crashing(PredictFused):
-        def _load(self, shard, attempt, log, num_threads):
-            if shard.shard_id in (0, 2, 3) and attempt == 1:
-                time.sleep(0.1)  # the other shard of this process is under way
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super()._load(shard, attempt, log, num_threads)
-
-    monkeypatch.setattr("pipeline.inference.flow.PredictFused", Crashing)
-    summary = run(world, run_id="crashing")
-    assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 27, 3)
 
 
 @pytest.mark.ray
