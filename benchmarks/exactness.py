@@ -46,8 +46,9 @@ from pipeline.data.spool import Selection
 from pipeline.data.transforms import Preprocessing
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import Plan, make_plan, resolve_inputs
+from pipeline.inference.plan import Plan, make_plan
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.run import resolve_inputs
 from pipeline.inference.shard import load_shard
 from pipeline.models.bundle import Architecture, pack
 from pipeline.models.catalog import Network, build

@@ -39,8 +39,9 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.inference.blocks import PreparedShard
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import Plan, make_plan, resolve_inputs
+from pipeline.inference.plan import Plan, make_plan
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.run import resolve_inputs
 from pipeline.inference.shard import fetch_shard, load_shard, predict_shard, prepare_images
 from pipeline.inference.workers import SHARDS_AT_ONCE
 

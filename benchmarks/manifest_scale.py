@@ -27,7 +27,8 @@ from pipeline.data.uri_table import TableSource
 from pipeline.inference.commit import Receipt, commit, read_receipts
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import Plan, make_plan, record_run, resolve_inputs
+from pipeline.inference.plan import Plan, make_plan, record_run
+from pipeline.inference.run import resolve_inputs
 from pipeline.models import registry
 from pipeline.models.bundle import Architecture, pack
 

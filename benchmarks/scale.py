@@ -36,9 +36,10 @@ from pipeline.inference.commit import Receipt
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
 from pipeline.inference.outputs import ShardOutputs, build_tables
-from pipeline.inference.plan import Run, make_plan, read_run, resolve_inputs
+from pipeline.inference.plan import make_plan
 from pipeline.inference.predictor import ModelOutput
 from pipeline.inference.reconcile import find_faults
+from pipeline.inference.run import Run, read_run, resolve_inputs
 from pipeline.inference.turns import Turns
 from pipeline.models.bundle import Bundle
 from pipeline.tables.writing import write_shard

@@ -25,7 +25,8 @@ from pipeline.inference.bound import Timed, judge, measured_costs, pools_of, rat
 from pipeline.inference.config import ComputeConfig, ImagesConfig, PredictConfig, TablesConfig
 from pipeline.inference.estimate import choose_sample, shards_to_a_worker, try_shards
 from pipeline.inference.layout import STAGES, Layout, Stage, choose_layout
-from pipeline.inference.plan import Run, make_plan, resolve_inputs
+from pipeline.inference.plan import make_plan
+from pipeline.inference.run import Run, resolve_inputs
 
 _SHARDS_TO_AN_ACTOR = 8  # with a GPU, or where tasks work for it: it does all their stages itself
 

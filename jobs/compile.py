@@ -3,13 +3,14 @@
 python -m jobs.compile --registry URI --bundle NAME
 python -m jobs.compile --registry URI --bundle NAME --manifest URI --precision bfloat16
 
-`predict` does it by itself on first use in runs of 5,000 images and more; doing it before spares a scheduled run the
-wait, and shows the agreement with float32. Runs of any size use networks that are all compiled. What is compiled
-already for the same device, software, precision, batch size and number of threads is left as it is.
+`predict` does it by itself on first use in runs of 5,000 images and more, on GPUs of 100,000; doing it before spares a
+scheduled run the wait, and shows the agreement with float32. Runs of any size use networks that are all compiled. What
+is compiled already for the same device, software, precision, batch size and number of threads is left as it is; its
+agreement, where it was measured on drawn images, is measured anew on a manifest's.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -31,10 +32,13 @@ from pipeline.cluster import (
 from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits
-from pipeline.errors import BundleError, ConfigError, RunError
+from pipeline.errors import BundleError, ConfigError, ManifestError, RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision, precisions
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CompileConfig(JobConfig):
@@ -45,7 +49,7 @@ class CompileConfig(JobConfig):
     registry: str | None = None
     """URI of the registry that names of bundles are looked up in."""
     manifest: str | None = None
-    """URI of a manifest whose first images the agreement with float32 is measured on; unset: drawn ones."""
+    """URI of a manifest, on some images of which the agreement with float32 is measured; unset: on drawn ones."""
     images: ReadLimits = ReadLimits()
     """How those are read."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,7 +73,8 @@ def main(config: CompileConfig) -> dict[str, Any]:
     uri = registry.resolve(config.registry, config.bundle)
     Bundle.load(uri)
     if config.manifest is not None:
-        Manifest.open(storage.normalise(config.manifest))
+        manifest = Manifest.open(storage.normalise(config.manifest))
+        config = config.model_copy(update={"manifest": manifest.uri})  # absolute: workers have other working folders
     import ray
 
     with connected_ray(config.cluster) as nodes:
@@ -92,19 +97,18 @@ def main(config: CompileConfig) -> dict[str, Any]:
 
 
 def compile_here(config: CompileConfig, uri: str, device_type: Device, witness: Any) -> dict[str, Any]:
-    """Compile the bundle at `uri` for this process's machine. Raises BundleError where it agrees too little."""
+    """Compile the bundle at `uri` for this process's machine.
+
+    Raises BundleError where it agrees too little, ManifestError where no image of the manifest can be had.
+    """
     arrive(witness, "compile")
     import torch
 
-    from pipeline.data.loader import sample_pixels
     from pipeline.models import compiled, compiler
 
     device, bundle = torch.device(device_type), Bundle.load(uri)
     torch.set_num_threads(config.cpus_per_actor)
-    samples = None
-    if config.manifest is not None:
-        manifest = Manifest.open(storage.normalise(config.manifest))
-        samples = partial(sample_pixels, manifest, config.images, bundle.preprocessing, compiler.NUM_SAMPLES)
+    samples = None if config.manifest is None else partial(_samples, config.manifest, config.images, bundle)
     target = compiler.target_here(
         bundle,
         device,
@@ -113,6 +117,8 @@ def compile_here(config: CompileConfig, uri: str, device_type: Device, witness: 
         num_threads=config.cpus_per_actor,
     )
     record = compiler.ensure(uri, target, samples)
+    if samples is not None and record.is_drawn:
+        record = compiler.measure_anew(uri, record, samples)
     fault = record.agreement.fault(config.agreement)
     if fault is not None:
         raise BundleError(f"{uri} is compiled in {target.precision}, but predict will not use it so: {fault}")
@@ -124,6 +130,20 @@ def compile_here(config: CompileConfig, uri: str, device_type: Device, witness: 
         "compile_s": record.compile_s,
         "target": target.model_dump(),
     }
+
+
+def _samples(manifest_uri: str, limits: ReadLimits, bundle: Bundle) -> "torch.Tensor":
+    from pipeline.data.loader import sample_pixels
+    from pipeline.models import compiler
+
+    manifest = Manifest.open(manifest_uri)
+    pixels = sample_pixels(manifest, limits, bundle.preprocessing, compiler.NUM_SAMPLES)
+    if not len(pixels):
+        raise ManifestError(
+            f"manifest: expected images in {manifest.uri!r} to measure the agreement on, got none that can be had; "
+            "the warning before says why (images.allowed_roots?); without a manifest drawn ones are taken"
+        )
+    return pixels
 
 
 def _refuse_unfit(nodes: list[Node], cpus: int) -> None:

@@ -10,7 +10,8 @@ from jobs import run_job
 from pipeline.cluster import connected_ray
 from pipeline.config import ClusterConfig
 from pipeline.inference.config import PredictConfig
-from pipeline.inference.plan import finished_plan, resolve_inputs
+from pipeline.inference.plan import finished_plan
+from pipeline.inference.run import resolve_inputs
 
 
 def main(config: PredictConfig) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from jobs import run_job
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, ReconcileError
-from pipeline.inference.plan import list_run_ids, read_run
 from pipeline.inference.reconcile import find_faults
+from pipeline.inference.run import list_run_ids, read_run
 
 _MOST_FAULTS_TOLD = 20
 

@@ -13,7 +13,8 @@ from pipeline.data.sources import PrefixSource
 from pipeline.inference.commit import commit
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import Plan, Run, make_plan, record_run, resolve_inputs
+from pipeline.inference.plan import Plan, make_plan, record_run
+from pipeline.inference.run import Run, resolve_inputs
 
 ONE_ACTOR = Layout("fused", "cpu", num_actors=1, cpus_per_actor=2, gpus_per_actor=0)
 
@@ -92,6 +93,13 @@ def plan_of(root: Path, **fields: Any) -> Plan:
     """The plan of a run over a world, on the CPU."""
     config = config_of(root, **fields)
     return make_plan(config, *resolve_inputs(config), ONE_ACTOR)
+
+
+def record(root: Path, **fields: Any) -> Run:
+    """Begin a run over a world as its plan says, or go on with it; no shard is done."""
+    plan = plan_of(root, **fields)
+    record_run(plan, config_of(root, **fields))
+    return plan.run
 
 
 def run_without_ray(root: Path, **fields: Any) -> Run:

@@ -1,5 +1,6 @@
 """From a shard to batches of pixels: fetch, decode and preprocess overlapped, in manifest order."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, RunError
+
+logger = logging.getLogger(__name__)
 
 _SHARDS_SAMPLED = 8
 
@@ -103,23 +106,25 @@ def sample_pixels(
 ) -> torch.Tensor:
     """Some `num_images` of the manifest, of shards all over it, for a network to be tried on: uint8 N×3×S×S.
 
-    Fewer where there are fewer or many are broken, perhaps none.
+    Fewer where there are fewer or many cannot be had, perhaps none: a warning says why.
     """
     every = max(1, manifest.num_shards // _SHARDS_SAMPLED)
     shards = [shard for shard in manifest.shards() if shard.shard_id % every == 0][:_SHARDS_SAMPLED]
-    found: list[torch.Tensor] = []
+    loaded: list[Loaded] = []
     with IsolatedDecoder() as decoder:
         decode = partial(decoder.decode, max_pixels=limits.max_pixels)
         for shard in shards:
             images = manifest.images(shard).slice(0, -(-num_images // len(shards)))
             encoded = read_shard(shard, images, allowed_roots=limits.allowed_roots, max_bytes=limits.max_bytes)
-            found += [pixels for item in encoded if (pixels := _sample(item, decode, preprocessing)) is not None]
+            loaded += [
+                item if isinstance(item, ImageError) else load_image(item, decode, [preprocessing.apply])
+                for item in encoded
+            ]
+    if refused := [error for error in loaded if isinstance(error, ImageError)]:
+        told = (len(refused), len(loaded), manifest.uri, refused[0].with_cause)
+        logger.warning("%d of %d images to try a network on could not be had of %s; the first: %s", *told)
+    found = [images[0] for images in loaded if not isinstance(images, ImageError)]
     return stack(found[:num_images], pin_memory=False) if found else torch.empty(0, dtype=torch.uint8)
-
-
-def _sample(item: bytes | ImageError, decode: Decode, preprocessing: Preprocessing) -> torch.Tensor | None:
-    pixels = item if isinstance(item, ImageError) else load_image(item, decode, [preprocessing.apply])
-    return None if isinstance(pixels, ImageError) else pixels[0]
 
 
 def load_image(data: bytes, decode: Decode, views: Sequence[View]) -> Loaded:

@@ -49,21 +49,16 @@ class Receipt:
         return cls(**{**fields, "files": [WrittenFile(**file) for file in fields["files"]]})
 
 
-def run_uri(output_uri: str, run_id: str) -> str:
-    """Where a run keeps its plan, commits and summary."""
-    return storage.join(output_uri, "_runs", run_id)
-
-
-def commit(run: str, receipt: Receipt) -> None:
+def commit(run_uri: str, receipt: Receipt) -> None:
     """Make the shard count. A second commit of the same bytes, a twin run's, changes nothing.
 
     Raises RunError where the twin wrote others; the shard then counts no more. Raises StorageError.
     """
-    uri = _commit_uri(run, receipt.shard_id)
+    uri = _commit_uri(run_uri, receipt.shard_id)
     try:
         storage.write(uri, receipt.to_json().encode(), if_absent=True)
     except ObjectExistsError as error:
-        if read_receipt(run, receipt.shard_id).files == receipt.files:
+        if read_receipt(run_uri, receipt.shard_id).files == receipt.files:
             return
         storage.delete(uri)  # whose file lies there now is unknown
         raise RunError(
@@ -72,9 +67,10 @@ def commit(run: str, receipt: Receipt) -> None:
         ) from error
 
 
-def uncommit(run: str, shard_ids: Iterable[int]) -> None:
+def uncommit(run_uri: str, shard_ids: Iterable[int]) -> None:
     """Make shards count no more, so that they are done again."""
-    deque(storage.map_concurrently(lambda shard_id: storage.delete(_commit_uri(run, shard_id)), shard_ids), maxlen=0)
+    uris = [_commit_uri(run_uri, shard_id) for shard_id in shard_ids]
+    deque(storage.map_concurrently(storage.delete, uris), maxlen=0)
 
 
 def refusing_unshared(receipts: Generator[Receipt, None, None], output_uri: str) -> Generator[Receipt, None, None]:
@@ -96,23 +92,24 @@ def _first_missing(output_uri: str, receipt: Receipt) -> str | None:
     return next((uri for uri in uris if not storage.exists(uri)), None)
 
 
-def committed_shard_ids(run: str) -> set[int]:
+def committed_shard_ids(run_uri: str) -> set[int]:
     """The shards that count, from one listing. Raises ReconcileError on a name that no commit has."""
-    names = [info.uri.rpartition("/")[2] for info in storage.list_objects(_commits_uri(run))]
+    folder = _commits_uri(run_uri)
+    names = [info.uri.rpartition("/")[2] for info in storage.list_objects(folder)]
     strays = [name for name in names if not (name.endswith(".json") and name[:-5].isdigit())]
     if strays:
-        raise ReconcileError(f"expected only <shard>.json under {_commits_uri(run)!r}, found {strays[0]!r}: remove it")
+        raise ReconcileError(f"expected only <shard>.json under {folder!r}, found {strays[0]!r}: remove it")
     return {int(name[:-5]) for name in names}
 
 
-def read_receipts(run: str, shard_ids: set[int]) -> Iterator[Receipt]:
+def read_receipts(run_uri: str, shard_ids: set[int]) -> Iterator[Receipt]:
     """The committed receipts of `shard_ids`, streamed in ascending order. Raises ReconcileError on a damaged one."""
-    return storage.map_concurrently(lambda shard_id: read_receipt(run, shard_id), sorted(shard_ids))
+    return storage.map_concurrently(lambda shard_id: read_receipt(run_uri, shard_id), sorted(shard_ids))
 
 
-def read_receipt(run: str, shard_id: int) -> Receipt:
+def read_receipt(run_uri: str, shard_id: int) -> Receipt:
     """The committed receipt of one shard. Raises ReconcileError on a damaged one."""
-    uri = _commit_uri(run, shard_id)
+    uri = _commit_uri(run_uri, shard_id)
     try:
         receipt = Receipt.from_json(storage.read(uri))
     except (ValueError, KeyError, TypeError) as error:
@@ -124,9 +121,9 @@ def read_receipt(run: str, shard_id: int) -> Receipt:
     return receipt
 
 
-def _commits_uri(run: str) -> str:
-    return storage.join(run, "commits")
+def _commits_uri(run_uri: str) -> str:
+    return storage.join(run_uri, "commits")
 
 
-def _commit_uri(run: str, shard_id: int) -> str:
-    return storage.join(_commits_uri(run), f"{shard_id:08d}.json")
+def _commit_uri(run_uri: str, shard_id: int) -> str:
+    return storage.join(_commits_uri(run_uri), f"{shard_id:08d}.json")

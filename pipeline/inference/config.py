@@ -117,8 +117,9 @@ class ComputeConfig(Section):
     torchao where it compiles."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Run networks compiled ahead of time and kept beside the bundle. auto: with bundles from the registry that are all
-    compiled already, and in runs of at least 5,000 images on first use; where it cannot be done or agrees too little
-    with float32, not; always: fail then. What a run's first attempt found stays for all of it, eager too."""
+    compiled already, and in runs of at least 5,000 images, on GPUs 100,000, on first use; where it cannot be done or
+    agrees too little with float32, not; always: fail then. What a run's first attempt found stays for all of it, eager
+    too."""
     agreement: AgreementLimits = AgreementLimits()
     """With float32, below which a compiled network is not used."""
     batch_size: int | None = Field(None, ge=1)

@@ -12,8 +12,9 @@ from pipeline.inference import networks, retries
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
 from pipeline.inference.config import PredictConfig
 from pipeline.inference.estimate import sweep_trials
-from pipeline.inference.plan import Plan, Run
+from pipeline.inference.plan import Plan
 from pipeline.inference.reconcile import Totals, reconcile
+from pipeline.inference.run import Run
 from pipeline.tables.writing import table_folder
 
 Summary = dict[str, Any]

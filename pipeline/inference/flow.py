@@ -40,7 +40,8 @@ from pipeline.inference.config import PredictConfig
 from pipeline.inference.ending import Summary, conclude, describe, prove, recording_failure, until_too_many_errors
 from pipeline.inference.estimate import estimate_run, outcome
 from pipeline.inference.layout import Form, Layout, choose_layout
-from pipeline.inference.plan import Model, Plan, as_begun, make_plan, record_run
+from pipeline.inference.plan import Plan, as_begun, make_plan, record_run
+from pipeline.inference.run import Model
 from pipeline.inference.workers import (
     SHARDS_AT_ONCE,
     PredictDecoded,

@@ -8,13 +8,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest
 from pipeline.errors import BundleError, NotKeptError, ObjectExistsError, ObjectNotFoundError, RunError
-from pipeline.inference.plan import Model, Run, is_compiled
+from pipeline.inference.run import Model, Run
 from pipeline.models import compiled
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import Precision, precisions, warn_if_emulated
@@ -36,6 +37,35 @@ class Choice(BaseModel):
 
 
 _CHOICES = TypeAdapter(dict[str, Choice])
+
+
+def choose_compile(run: Run, registry_uri: str | None, earlier: Run | None) -> Literal["auto", "always", "never"]:
+    """What is done where it is not told: as the run began, whatever has been compiled since; at its beginning, compiled
+    where it is large or finds that done. Native code comes only from the registry that the config trusts.
+    """
+    if earlier is not None and earlier.compile != "auto":
+        return earlier.compile
+    trusted = None if registry_uri is None else storage.normalise(registry_uri)
+    if trusted is None or not all(storage.is_under(model.uri, trusted) for model in run.models):
+        return "never"
+    if earlier is not None or run.may_compile:
+        return "auto"
+    found = _threads_compiled_for(run)
+    if _threads_of(run) in found:
+        return "auto"
+    if found:
+        logger.warning(
+            "the networks are compiled for %s threads, and the run's actors have %d: it does without. Set "
+            "compute.cpus_per_actor, or compile for %d (jobs.compile --cpus_per_actor %d)",
+            ", ".join(map(str, sorted(found))),
+            *[run.num_threads] * 3,
+        )
+    return "never"
+
+
+def is_compiled(run: Run) -> bool:
+    """Whether its networks were all compiled for such a run by this software, on whatever kind of CPU or GPU."""
+    return _threads_of(run) in _threads_compiled_for(run)
 
 
 def choices(run: Run) -> dict[str, Choice] | None:
@@ -152,3 +182,18 @@ def _eager(run: Run, refused: Sequence[str] = ()) -> Choice:
 
 def _uri(run: Run) -> str:
     return storage.join(run.uri, "networks.json")
+
+
+def _threads_of(run: Run) -> int:
+    """Of its forward passes, as far as they decide a compiled network."""
+    return run.num_threads if run.device == "cpu" else 0
+
+
+def _threads_compiled_for(run: Run) -> set[int]:
+    """The `_threads_of` runs that all its networks were compiled for."""
+    return set[int].intersection(
+        *(
+            compiled.recorded_threads(model.uri, model.digest, run.device, run.precision, batch_size=run.batch_size)
+            for model in run.models
+        )
+    )

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import ImageError
-from pipeline.inference.plan import Run
 from pipeline.inference.predictor import ModelOutput, Predictor
+from pipeline.inference.run import Run
 from pipeline.tables.schemas import TableName, schema
 from pipeline.tables.writing import errors_table
 

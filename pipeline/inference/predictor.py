@@ -23,7 +23,7 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.errors import BundleError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
-from pipeline.inference.plan import Model, Run, software
+from pipeline.inference.run import Model, Run, software
 from pipeline.inference.turns import Turns
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.compiler import Program, load

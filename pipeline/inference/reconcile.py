@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ObjectNotFoundError, ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipt
-from pipeline.inference.plan import Run
+from pipeline.inference.run import Run
 from pipeline.tables.schemas import TABLES, TableName
 from pipeline.tables.writing import shard_path, table_folder
 

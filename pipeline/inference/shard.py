@@ -17,8 +17,8 @@ from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 from pipeline.inference.commit import Receipt
 from pipeline.inference.outputs import ShardOutputs, build_tables
-from pipeline.inference.plan import Run
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.run import Run
 from pipeline.tables.writing import write_shard
 
 

@@ -14,8 +14,8 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ImageError
 from pipeline.inference.bound import Timed
 from pipeline.inference.outputs import ShardOutputs, build_tables
-from pipeline.inference.plan import Run
 from pipeline.inference.predictor import Predictor, distinct_preprocessings
+from pipeline.inference.run import Run
 from pipeline.inference.shard import decode_batches, fetch_shard, prepare_images
 from pipeline.models.bundle import Bundle
 from pipeline.tables.writing import write_shard

@@ -20,7 +20,7 @@ from pipeline.errors import RunError
 from pipeline.inference import networks
 from pipeline.inference.attempts import MAX_DEATHS
 from pipeline.inference.commit import Receipt
-from pipeline.inference.plan import Model, Run
+from pipeline.inference.run import Model, Run
 from pipeline.inference.turns import Room
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Compiled networks beside their bundle: what they were made for, how well they agree with float32, where they lie.
 
-    <bundle>/compiled/<key>.json             the record; written last, put-if-absent, never changed
+    <bundle>/compiled/<key>.json             the record; written last, put-if-absent, changed only by
+                                             `compiler.measure_anew`
     <bundle>/compiled/<key>-<digest>.pt2     AOTInductor's package: native code and the weights
 
 The key is the digest of all that the code depends on (`Target`), so that one made by other software, for other hardware
@@ -84,6 +85,8 @@ class Record(Section):
     target: Target
     package_digest: Digest
     agreement: Agreement
+    is_drawn: bool = False
+    """Whether that was measured on drawn pictures, for want of real ones."""
     compile_s: float
 
 

@@ -93,6 +93,19 @@ def _compile_and_keep(bundle_uri: str, target: Target, samples: Callable[[], Ten
     return record
 
 
+def measure_anew(bundle_uri: str, record: Record, samples: Callable[[], Tensor]) -> Record:
+    """The record with the agreement on `samples`, kept in place of that on drawn pictures.
+
+    Raises BundleError where the network cannot be loaded, StorageError.
+    """
+    bundle, pixels = Bundle.load(bundle_uri), samples()
+    program = load(bundle_uri, record)
+    agreement = measure_agreement(load_network(bundle_uri), bundle.preprocessing, program, record.target, pixels)
+    measured = record.model_copy(update={"agreement": agreement, "is_drawn": False})
+    storage.write(record_uri(bundle_uri, record.target), measured.model_dump_json(indent=1).encode())
+    return measured
+
+
 def load(bundle_uri: str, record: Record) -> Program:
     """The compiled network, ready to run. Raises BundleError where the package is missing, altered or cannot be run."""
     uri, remedy = package_uri(bundle_uri, record), f"delete {record_uri(bundle_uri, record.target)} to compile anew"
@@ -177,7 +190,7 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
         compute_repeatably()  # so that what it is compared with is float32
     bundle, network = Bundle.load(bundle_uri), load_network(bundle_uri)
     pixels = samples() if samples else torch.empty(0)
-    ranging = torch.empty(0)
+    ranging, is_drawn = torch.empty(0), not len(pixels)
     if target.precision == "int8":
         if len(pixels) < 2 * _FEWEST_RANGED:
             raise BundleError(
@@ -185,7 +198,7 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
                 f"try it with, got {len(pixels)}"
             )
         ranging, pixels = pixels[::2], pixels[1::2]  # it must agree on others than it was fitted to
-    elif not len(pixels):
+    elif is_drawn:
         pixels = draw_samples(target.crop_size)
     try:
         package = compile_network(network, bundle.preprocessing, target, ranging)
@@ -198,7 +211,8 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
         raise BundleError(f"{bundle_uri} does not compile here: {type(error).__name__}: {said}") from error
     digest = hashlib.sha256(package).hexdigest()
     seconds = round(time.monotonic() - start, 1)
-    return Record(target=target, package_digest=digest, agreement=agreement, compile_s=seconds), package
+    facts = {"agreement": agreement, "is_drawn": is_drawn, "compile_s": seconds}
+    return Record(target=target, package_digest=digest, **facts), package
 
 
 def _open(package: bytes, target: Target) -> Program:

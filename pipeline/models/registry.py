@@ -39,7 +39,7 @@ def resolve(registry_uri: str | None, reference: str) -> str:
 
     Raises BundleError where there is none, naming what there is.
     """
-    if "://" in reference or Path(reference, bundles.MODEL_FILE).exists():
+    if is_place(reference):
         return storage.normalise(reference)
     if registry_uri is None:
         raise BundleError(f"expected a registry for {reference!r} to be looked up in, or a bundle's URI or folder")
@@ -54,6 +54,11 @@ def resolve(registry_uri: str | None, reference: str) -> str:
     if version not in versions:
         raise BundleError(f"expected version {version!r} of {name!r} in {registry_uri}, found {', '.join(versions)}")
     return storage.join(storage.normalise(registry_uri), name, version)
+
+
+def is_place(reference: str) -> bool:
+    """Whether the reference says where a bundle lies, whatever the registry."""
+    return "://" in reference or Path(reference, bundles.MODEL_FILE).exists()
 
 
 def list_versions(registry_uri: str, name: str) -> list[str]:

@@ -13,9 +13,9 @@ from pipeline.inference.commit import (
     committed_shard_ids,
     read_receipts,
     refusing_unshared,
-    run_uri,
     uncommit,
 )
+from pipeline.inference.run import run_uri
 from pipeline.tables.writing import WrittenFile
 
 counts = st.integers(0, 10**6)

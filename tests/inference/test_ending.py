@@ -14,7 +14,8 @@ from pipeline.errors import ReconcileError, RunError
 from pipeline.inference import ending
 from pipeline.inference.commit import Receipt, commit, committed_shard_ids
 from pipeline.inference.ending import conclude, prove, recording_failure, report_finished, until_too_many_errors
-from pipeline.inference.plan import finished_plan, record_run, resolve_inputs
+from pipeline.inference.plan import finished_plan, record_run
+from pipeline.inference.run import resolve_inputs
 from tests.worlds import config_of, make_world, plan_of, run_without_ray
 
 

@@ -19,8 +19,8 @@ from pipeline.inference import blocks
 from pipeline.inference.blocks import PreparedShard
 from pipeline.inference.flow import _failure, run_shards, shard_dataset
 from pipeline.inference.layout import Layout
-from pipeline.inference.plan import read_run
 from pipeline.inference.reconcile import find_faults
+from pipeline.inference.run import read_run
 from pipeline.inference.workers import (
     PredictDecoded,
     PredictFused,

@@ -8,7 +8,8 @@ import torch
 from pipeline.errors import AccessDeniedError, BundleError, RunError
 from pipeline.inference import networks
 from pipeline.inference.networks import Choice
-from pipeline.inference.plan import make_plan, record_run, resolve_inputs
+from pipeline.inference.plan import make_plan, record_run
+from pipeline.inference.run import resolve_inputs
 from pipeline.models import compiler
 from pipeline.models.compiled import Agreement
 from tests.worlds import ONE_ACTOR, config_of, make_world, plan_of

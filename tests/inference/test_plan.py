@@ -1,4 +1,3 @@
-import json
 import shutil
 from dataclasses import replace
 
@@ -8,20 +7,13 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.cluster import Node
-from pipeline.errors import BundleError, ConfigError, ManifestError
-from pipeline.inference import plan as planning
+from pipeline.errors import ConfigError
+from pipeline.inference import run as runs
 from pipeline.inference.commit import Receipt, commit
 from pipeline.inference.flow import predict
-from pipeline.inference.plan import (
-    as_begun,
-    finished_plan,
-    list_run_ids,
-    make_plan,
-    read_run,
-    record_run,
-    resolve_inputs,
-)
-from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of
+from pipeline.inference.plan import as_begun, finished_plan, make_plan, record_run
+from pipeline.inference.run import list_run_ids, read_run, resolve_inputs
+from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of, record
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +21,6 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_world(root)
     return root
-
-
-def record(world, **fields):
-    plan = plan_of(world, **fields)
-    record_run(plan, config_of(world, **fields))
-    return plan.run
 
 
 def test_a_new_run_has_every_shard_to_do(world):
@@ -56,37 +42,6 @@ def test_the_plan_is_the_manifest_less_the_commits(world, committed):
 def test_planning_writes_nothing(world):
     plan = plan_of(world, run_id="untouched")
     assert "untouched" not in list_run_ids(plan.run.output_uri)
-
-
-def test_what_was_only_estimated_is_no_run(world):
-    run = plan_of(world, run_id="estimated").run
-    storage.write(storage.join(run.uri, "estimate.json"), b"{}")
-    record(world, run_id="begun")
-    assert "begun" in list_run_ids(run.output_uri)
-    assert "estimated" not in list_run_ids(run.output_uri)
-
-
-def test_the_same_command_is_the_same_run_and_another_is_another(world):
-    first = plan_of(world).run.run_id
-    assert plan_of(world).run.run_id == first
-    assert plan_of(world, tables={"top_k": 2}).run.run_id != first
-    assert plan_of(world, bundles=["other"]).run.run_id != first
-    assert plan_of(world, compute={"actors": 1}, images={"fetch_concurrency": 4}).run.run_id == first
-
-
-@pytest.mark.parametrize(
-    ("names", "idle", "counting"),
-    [
-        (["embeddings"], {"top_k": 2}, {"l2_normalise": True}),
-        (["predictions"], {"embedding_type": "float16", "l2_normalise": True}, {"top_k": 2}),
-    ],
-)
-def test_how_a_table_is_written_that_is_not_decides_nothing(world, names, idle, counting):
-    run_id = f"idle-{names[0]}"
-    record(world, run_id=run_id, tables={"names": names, **idle})
-    assert plan_of(world, run_id=run_id, tables={"names": names}).num_pending == 4
-    with pytest.raises(ConfigError, match="tables: began with"):
-        plan_of(world, run_id=run_id, tables={"names": names, **counting})
 
 
 @pytest.mark.parametrize(
@@ -214,74 +169,7 @@ def test_going_on_with_other_software_is_warned_of(world, monkeypatch, caplog):
     began = record(world, run_id="upgraded")
     record(world, run_id="upgraded")
     assert not caplog.text
-    monkeypatch.setattr(planning, "version", lambda package: {"torch": "9.9"}.get(package, began.software[package]))
+    monkeypatch.setattr(runs, "version", lambda package: {"torch": "9.9"}.get(package, began.software[package]))
     assert record(world, run_id="upgraded").software == began.software
     told = f"run upgraded began with torch {began.software['torch']} and goes on with torch 9.9: decoders and kernels"
     assert caplog.text.count(told) == 1
-
-
-def test_tables_are_a_set_whatever_the_order_they_are_named_in(world):
-    named = {"names": ["embeddings", "predictions", "embeddings"]}
-    assert plan_of(world, tables=named).run.table_names == ["predictions", "embeddings", "errors"]
-
-
-def test_a_run_is_read_back_as_it_was_recorded(world):
-    run = record(world, run_id="kept")
-    assert read_run(run.output_uri, "kept") == run
-    assert "kept" in list_run_ids(run.output_uri)
-    assert storage.exists(storage.join(run.uri, "config.yaml"))
-
-
-@pytest.mark.parametrize(("flag", "times"), [(False, None), (True, 2)])
-def test_a_run_planned_when_reducing_was_a_flag_can_be_gone_on_with(world, flag, times):
-    fields = {"run_id": f"flag-{flag}", "images": {"reduced_decode": times}}
-    run = record(world, **fields)
-    plan_uri = storage.join(run.uri, "plan.json")
-    recorded = json.loads(storage.read(plan_uri))
-    recorded["images"]["reduced_decode"] = flag
-    storage.write(plan_uri, json.dumps(recorded).encode())
-    assert read_run(run.output_uri, run.run_id) == run
-    assert plan_of(world, **fields).run == run
-
-
-def test_how_far_images_were_reduced_stands_in_the_lineage_where_they_were(world):
-    whole, reduced = (plan_of(world, images={"reduced_decode": times}).run for times in (None, 4))
-    assert "reduced_decode" not in whole.lineage
-    assert reduced.lineage["reduced_decode"] == "4"
-
-
-def test_an_unknown_run_is_told_with_those_there_are(world):
-    run = record(world, run_id="known")
-    with pytest.raises(ConfigError, match=r"expected run .unknown.*known"):
-        read_run(run.output_uri, "unknown")
-
-
-def test_a_damaged_plan_is_named(world):
-    run = record(world, run_id="damaged")
-    storage.write(storage.join(run.uri, "plan.json"), json.dumps({"run_id": 1}).encode())
-    with pytest.raises(ConfigError, match=r"plan\.json: not a plan of this version"):
-        plan_of(world, run_id="damaged")
-
-
-def test_a_missing_manifest_and_a_missing_bundle_are_told_apart(world):
-    with pytest.raises(ManifestError, match="expected a manifest at"):
-        resolve_inputs(config_of(world, manifest=str(world / "nowhere")))
-    with pytest.raises(BundleError, match="nothing"):
-        resolve_inputs(config_of(world, bundles=["nothing"]))
-
-
-def test_the_same_bundle_twice_is_refused(world):
-    with pytest.raises(ConfigError, match="expected different ones, got tiny/1, tiny/1"):
-        resolve_inputs(config_of(world, bundles=["tiny", "tiny/1"]))
-
-
-def test_a_bundle_may_be_named_by_its_uri(world, tmp_path):
-    uri = make_bundle(tmp_path / "elsewhere", name="far")
-    config = config_of(world, bundles=[uri], registry=None)
-    assert make_plan(config, *resolve_inputs(config), ONE_ACTOR).run.models[0].name == "far/1"
-
-
-@pytest.mark.parametrize("run_id", ["", "../up", "a/b", ".hidden", "a b"])
-def test_a_run_id_that_is_no_folder_name_is_refused(world, run_id):
-    with pytest.raises(ValueError, match="run_id"):
-        config_of(world, run_id=run_id)

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import ReconcileError
 from pipeline.inference.commit import Receipt, committed_shard_ids, read_receipts
-from pipeline.inference.plan import Run, read_run
 from pipeline.inference.reconcile import Totals, find_faults, reconcile
+from pipeline.inference.run import Run, read_run
 from pipeline.tables.writing import encode, table_folder
 from tests.worlds import make_world, run_without_ray
 

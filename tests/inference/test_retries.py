@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from pipeline.data.manifest import Manifest
 from pipeline.inference.commit import commit, committed_shard_ids, read_receipts, uncommit
 from pipeline.inference.ending import conclude, prove
-from pipeline.inference.plan import Run, record_run
+from pipeline.inference.plan import record_run
 from pipeline.inference.reconcile import find_faults
 from tests.manifests import uris_of
-from tests.worlds import config_of, make_world, plan_of, run_without_ray
+from tests.worlds import config_of, make_world, plan_of, record, run_without_ray
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +20,6 @@ def world(tmp_path_factory) -> Path:
     root: Path = tmp_path_factory.mktemp("world")
     make_world(root)
     return root
-
-
-def record(world: Path, **fields) -> Run:
-    plan = plan_of(world, **fields)
-    record_run(plan, config_of(world, **fields))
-    return plan.run
 
 
 def test_shards_with_errors_that_are_retried_are_done_again_and_no_others(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +97,12 @@ def test_samples_are_good_images_from_all_over_the_manifest(world):
     assert 4 <= len(samples) <= 8
     first = preprocessing.apply(decode(storage.read(uris_of(plan_of(world))[0]), max_pixels=10**6))
     assert torch.equal(samples[0], first)
+
+
+def test_samples_that_cannot_be_had_are_told_of_with_the_first_reason(world, caplog):
+    limits, preprocessing = ReadLimits(allowed_roots=["s3://elsewhere/"]), Preprocessing(resize_size=32, crop_size=32)
+    assert len(sample_pixels(plan_of(world).manifest, limits, preprocessing, 8)) == 0
+    assert re.search(r"(\d+) of \1 images to try a network on .* the first: '.*' is not under a root", caplog.text)
 
 
 def test_writing_a_shard_twice_writes_the_same_bytes(world):

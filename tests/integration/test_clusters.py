@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from pipeline.inference.commit import committed_shard_ids, read_receipts
-from pipeline.inference.plan import read_run
+from pipeline.inference.run import read_run
 from tests.worlds import make_world, run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]

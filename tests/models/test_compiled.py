@@ -137,6 +137,19 @@ def test_what_is_compiled_already_is_not_compiled_again(bundle_uri, packages):
     assert len(packages) == 1
 
 
+def test_an_agreement_on_drawn_pictures_is_measured_anew_on_real_ones(bundle_uri, packages, monkeypatch):
+    target = target_of(bundle_uri)
+    drawn = compiler.ensure(bundle_uri, target)
+    real = torch.zeros(5, 3, target.crop_size, target.crop_size, dtype=torch.uint8)
+    assert drawn.is_drawn
+    assert not compiler.ensure(bundle_uri, target_of(bundle_uri, batch_size=5), lambda: real).is_drawn
+    monkeypatch.setattr(compiler, "measure_agreement", lambda *given: Agreement.of(len(given[-1]), 3, 4.5))
+    measured = compiler.measure_anew(bundle_uri, drawn, lambda: real)
+    assert (measured.agreement.num_images, measured.agreement.top1, measured.is_drawn) == (5, 0.6, False)
+    assert measured.package_digest == drawn.package_digest
+    assert compiled.find(bundle_uri, target) == compiler.ensure(bundle_uri, target) == measured
+
+
 def test_a_compiler_that_fails_says_why_and_leaves_nothing(bundle_uri, monkeypatch):
     def fail(*_):
         raise RuntimeError("no C++ compiler\nand a traceback")
