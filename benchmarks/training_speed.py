@@ -19,6 +19,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ from pipeline.training.feed import batches_of, make_loader
 from pipeline.training.loop import Trainee
 from pipeline.training.run import TrainingRun, make_run
 from pipeline.training.worker import Worker
+
+_SPARE_STEPS = 16
+"""Nobody asks for their batches: else, decoded ahead, the last would leave the last steps the cores to themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,7 @@ def _run(root: Path, arguments: argparse.Namespace) -> TrainingRun:
         root,
         str(root / "packed"),
         architecture={"name": arguments.architecture},
-        steps=arguments.steps,
+        steps=arguments.steps + _SPARE_STEPS,
         batch_size=arguments.batch,
         augment={"size": arguments.size},
         data={"decode_processes": arguments.processes},
@@ -159,20 +163,20 @@ def _ours(run: TrainingRun, arguments: argparse.Namespace) -> Ours:
     worker = Worker(num_threads=arguments.threads, device=torch.device(arguments.device))
     images = TrainingSet.open(run.config.train)
     trainee = Trainee(run, worker, images)
-    batches = storage.run_ahead(batches_of(run, worker, make_loader(run, worker, images), 0), 3)
     num_images, start, wait_s = 0, 0.0, 0.0
-    for number in range(arguments.steps):
-        if number == arguments.warm_up:
-            _settle(arguments)
-            num_images, start, wait_s = 0, time.perf_counter(), 0.0
-        wait_start = time.perf_counter()
-        batch = next(batches)
-        wait_s += time.perf_counter() - wait_start
-        trainee.train_step(batch, 0.01)
-        num_images += len(batch.labels)
-    launched = time.perf_counter()
-    _settle(arguments)
-    ended = time.perf_counter()
+    with closing(storage.run_ahead(batches_of(run, worker, make_loader(run, worker, images), 0), 3)) as batches:
+        for number in range(arguments.steps):
+            if number == arguments.warm_up:
+                _settle(arguments)
+                num_images, start, wait_s = 0, time.perf_counter(), 0.0
+            wait_start = time.perf_counter()
+            batch = next(batches)
+            wait_s += time.perf_counter() - wait_start
+            trainee.train_step(batch, 0.01)
+            num_images += len(batch.labels)
+        launched = time.perf_counter()
+        _settle(arguments)
+        ended = time.perf_counter()
     elapsed_s, lag_s, num_steps = ended - start, ended - launched, arguments.steps - arguments.warm_up
     rate, idle = num_images / elapsed_s, idle_share(wait_s, lag_s, elapsed_s, num_steps)
     said = verdict(rate, idle, lag_s / elapsed_s * num_steps, on_gpu=arguments.device == "cuda")
