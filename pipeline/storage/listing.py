@@ -3,9 +3,10 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from pipeline.storage.objects import ObjectInfo, clean_etag, file_etag
 from pipeline.storage.stores import OBSTORE_ALONE, filesystem, obstore_of, translated
 
 _FILES_PER_PAGE = 1000
+_MOST_PARTS = 4096
+_JUST_BELOW_A_SLASH = ".~~~~"  # as keys are sorted, what follows begins with a slash, but for names nobody gives
 
 
 class Page(NamedTuple):
@@ -30,10 +33,10 @@ def list_objects(uri: str, *, concurrency: int = 16) -> Iterator[ObjectInfo]:
     """Every object below `uri`, streamed in a fixed order: a folder's own objects, then its folders by name.
 
     That of `gs` and `az` is by name throughout. The first level's folders are listed in parallel, at most `concurrency`
-    at a time and a few pages ahead each, so memory does not grow with the number of objects. Links to folders are
-    followed, but in circles. Folder placeholders (empty names ending in `/`) are left out, and so are temporary files.
-    An empty or absent prefix yields nothing; an absent bucket raises ObjectNotFoundError. Raises AccessDeniedError,
-    StorageError.
+    at a time and a few pages ahead each, so memory does not grow with the number of objects, nor on `s3` with that of
+    folders. Links to folders are followed, but in circles. Folder placeholders (empty names ending in `/`) are left
+    out, and so are temporary files. An empty or absent prefix yields nothing; an absent bucket raises
+    ObjectNotFoundError. Raises AccessDeniedError, StorageError.
     """
     scheme, path = split(uri)
     if scheme == "file" and not os.path.isdir(path):
@@ -42,11 +45,11 @@ def list_objects(uri: str, *, concurrency: int = 16) -> Iterator[ObjectInfo]:
         if scheme in OBSTORE_ALONE:
             yield from _stream_of_obstore(scheme, path)
             return
-        folders: list[str] = []
+        parts = _Parts(_MOST_PARTS if scheme == "s3" else None)
         for page in _level(scheme, path):
             yield from page.objects
-            folders += page.folders
-        for objects in chain_ahead([partial(_list_deeply, scheme, folder) for folder in sorted(folders)], concurrency):
+            parts.add(page.folders)
+        for objects in chain_ahead(parts.listings(scheme, path), concurrency):
             yield from objects
 
 
@@ -58,6 +61,46 @@ def list_folders(uri: str) -> list[str]:
     with translated(uri):
         folders = [folder for page in _level(scheme, path) for folder in page.folders]
     return sorted(folder.removesuffix("/").rpartition("/")[2] for folder in folders)
+
+
+class _Parts:
+    """Folders to be listed side by side: each by itself or, on S3, where they are more than `most`, in ranges of many,
+    since a request for each of millions would take hours.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self._starts: list[str] = []
+        self._num_folders, self._every = 0, 1
+
+    def add(self, folders: Iterable[str]) -> None:
+        """More of them, in order where there is a most."""
+        for folder in folders:
+            if self._num_folders % self._every == 0:
+                self._starts.append(folder)
+            self._num_folders += 1
+        while self._most is not None and len(self._starts) > self._most:
+            self._starts, self._every = self._starts[::2], 2 * self._every
+
+    def listings(self, scheme: str, path: str) -> list[Callable[[], Iterator[list[ObjectInfo]]]]:
+        """What lists them, part by part."""
+        if self._every == 1:
+            return [partial(_list_deeply, scheme, folder) for folder in sorted(self._starts)]
+        return [partial(_list_range, path, start, stop) for start, stop in zip_longest(self._starts, self._starts[1:])]
+
+
+def _list_range(path: str, start: str, stop: str | None) -> Iterator[list[ObjectInfo]]:
+    """What lies in the folders of `path` on S3 from `start` to before `stop`, in the order of the keys."""
+    first, last = f"s3://{start}", None if stop is None else f"s3://{stop}"
+    own = f"s3://{path.rstrip('/')}/"
+    for page in _pages_of_s3(path, "", start_after=start.partition("/")[2].removesuffix("/") + _JUST_BELOW_A_SLASH):
+        yield [
+            info
+            for info in page.objects
+            if first <= info.uri and (last is None or info.uri < last) and "/" in info.uri.removeprefix(own)
+        ]
+        if last is not None and page.objects and page.objects[-1].uri >= last:
+            return
 
 
 def _level(scheme: str, path: str) -> Iterator[Page]:
@@ -117,10 +160,11 @@ def _closes_circle(link: str) -> bool:
     return any(os.path.realpath(parent) == target for parent in Path(link).parents)
 
 
-def _pages_of_s3(path: str, delimiter: str) -> Iterator[Page]:
+def _pages_of_s3(path: str, delimiter: str, start_after: str = "") -> Iterator[Page]:
     bucket, _, prefix = path.partition("/")
     prefix += "/" if prefix and not prefix.endswith("/") else ""  # "a//" is a folder of its own, below "a/"
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
+    request |= {"StartAfter": start_after} if start_after else {}
     while True:
         answer = filesystem("s3").call_s3("list_objects_v2", **request)
         yield Page(

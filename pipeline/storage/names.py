@@ -39,8 +39,12 @@ def join(uri: str, *names: str) -> str:
 def is_under(uri: str, root: str) -> bool:
     """Whether `uri` lies at or below `root`; `root` may be a bare scheme such as `s3://`.
 
-    `..` segments in a `file` URI are resolved first, so that they cannot climb out of the root.
+    `..` segments in a `file` URI are resolved first, as the system would, so that they cannot climb out of the root:
+    after a link to a folder they lead to where that lies.
     """
     if uri.startswith("file://"):
-        uri = "file://" + os.path.normpath(uri.removeprefix("file://"))
+        resolve = os.path.realpath if "/../" in uri else os.path.normpath
+        uri = "file://" + resolve(uri.removeprefix("file://"))
+        if resolve is os.path.realpath and root != "file://":
+            root = "file://" + resolve(root.removeprefix("file://"))
     return uri == root or uri.startswith(root if root.endswith("/") else root + "/")

@@ -72,6 +72,20 @@ def test_listing_many_folders_and_pages_gives_every_object_once_in_a_fixed_order
     assert [found.uri for found in storage.list_objects(s3_uri, concurrency=1)] == listed
 
 
+@pytest.mark.s3
+def test_very_many_folders_are_listed_in_ranges_in_the_same_order(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = ["a", "a-b", "a.b", "a.~~~~~", "a0", "b/c", "", "é", *(f"{number:03d}" for number in range(40))]
+    names = [f"{folder}/{number}.jpg" for folder in folders for number in range(3)] + ["a.jpg", "own.jpg"]
+    list(storage.map_concurrently(lambda name: storage.write(storage.join(s3_uri, name), b"1"), names))
+    storage.filesystem("s3").call_s3("put_object", Bucket=s3_uri.removeprefix("s3://"), Key="a/", Body=b"not empty")
+    listed = uris_below(s3_uri)
+    assert len(listed) == len(names) + 1
+    for most_parts in (1, 3, 7, 30):
+        monkeypatch.setattr("pipeline.storage.listing._MOST_PARTS", most_parts)
+        assert uris_below(s3_uri) == listed
+    assert uris_below(storage.join(s3_uri, "b")) == [storage.join(s3_uri, f"b/c/{number}.jpg") for number in range(3)]
+
+
 def test_a_name_that_az_cannot_be_listed_with_is_told_with_what_to_do(azure_names: list[str]) -> None:
     uri = f"az://{uuid4().hex}"
     azure_names += ["a.jpg", "b/c.jpg"]
