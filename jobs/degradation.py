@@ -29,7 +29,8 @@ from pipeline import storage
 from pipeline.cluster import Node, choose_device, connected_ray
 from pipeline.config import describe
 from pipeline.data.training_set import TrainingSet
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
+from pipeline.models import registry
 from pipeline.models.bundle import Architecture
 from pipeline.training.config import TrainConfig
 from pipeline.training.run import TrainingRun, begin, begun_run, is_recorded, make_run, read_summary, refuse_name
@@ -165,10 +166,23 @@ def _all_trained(nets: Sequence[Net]) -> list[Net] | None:
     trained = []
     for net in nets:
         run = begun_run(net.run)
-        if run is None or not is_finished(checkpoint.read_last(run.uri), run):
+        last = None if run is None else checkpoint.read_last(run.uri)
+        if run is not None and last is None:
+            _refuse_to_train_again(run)
+        if run is None or not is_finished(last, run):
             return None
         trained.append(replace(net, run=run))
     return trained
+
+
+def _refuse_to_train_again(run: TrainingRun) -> None:
+    """Raises RunError where a run without checkpoints has been published: nobody wants it trained once more unasked."""
+    name, version = run.config.name, run.config.version
+    if version in registry.list_versions(run.config.registry, name):
+        raise RunError(
+            f"expected the checkpoints of {run.config.run_id!r}, which was published as {name}/{version}, to draw its "
+            f"curves of, found them gone from {run.uri!r}: restore them, or choose another run_id and version"
+        )
 
 
 def _train_all(config: DegradationConfig, nets: list[Net], nodes: list[Node]) -> list[Net]:

@@ -68,7 +68,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         PredictConfig(
             manifest=str(root / "manifests" / "images"),
             registry=str(root / "registry"),
-            bundles=[_NAME],
+            bundles=[f"{_NAME}/1"],
             output=str(root / "tables"),
             tables=TablesConfig(names=["predictions", "embeddings"], top_k=3),
         )

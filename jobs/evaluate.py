@@ -88,6 +88,12 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     refuse_scales(bundle, config.protocol)
     output = None if config.output is None else storage.normalise(config.output)
     if output is not None:  # the first file of it, so that a place that takes none is found before the work
+        for name in (
+            "evaluation.json",
+            "errors.parquet",
+            "report.html",
+        ):  # an earlier evaluation's are of another config
+            storage.delete(storage.join(output, name))
         storage.write(storage.join(output, "config.yaml"), config.to_yaml().encode())
     with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)

@@ -87,7 +87,7 @@ class ManifestConfig(JobConfig):
     classes: list[str] | None = Field(None, min_length=1)
     """Class names in the order of their ids; unset: the sorted names that occur."""
     shard_size: int = Field(1000, ge=1, le=1_000_000)
-    """Images in a shard, the unit of work, retry and commit."""
+    """Images in a shard, the unit of work, retry and commit; of packed ones a row group is one, as it was packed."""
     sample: float | None = Field(None, gt=0, le=1)
     """Fraction of the images to take, drawn by a hash of their uri; unset: all."""
     seed: int = Field(0, ge=0)
@@ -138,6 +138,15 @@ def _refuse_idle_settings(config: ManifestConfig) -> None:
         raise ConfigError(f"filters: expected with source.kind prefix, inventory or webdataset, got {kind}")
     if (config.labels.kind == "table") != (config.labels.table is not None):
         raise ConfigError("labels: expected kind table and a table together, got only one of them")
+    if config.labels.kind != "table" and config.labels != LabelsConfig(kind=config.labels.kind):
+        raise ConfigError(f"labels: expected column names with kind table alone, got kind {config.labels.kind}")
+    if kind == "packed" and config.shard_size != ManifestConfig.model_fields["shard_size"].default:
+        raise ConfigError(
+            "shard_size: expected with other kinds than packed, whose row groups are the shards; pack the images anew "
+            "with it (jobs.pack)"
+        )
+    if config.sample is None and config.seed:
+        raise ConfigError(f"seed: expected with sample alone, which it draws, got {config.seed}")
 
 
 def _source(config: ManifestConfig) -> Source:

@@ -107,8 +107,9 @@ def _parse(source: Any, argv: list[str]) -> argparse.Namespace:
         if isinstance(values, list):
             for text in values:
                 _refuse_blanks(name, text)
-            if len(values) == 1 and values[0].startswith("[") and "\\" in values[0]:
-                setattr(given, name, values[0])  # of a list, pydantic-settings takes JSON's escapes for text
+            is_escaped = len(values) == 1 and values[0].startswith("[") and "\\" in values[0]
+            if is_escaped or values == ["null"]:  # in a list, pydantic-settings takes either for text
+                setattr(given, name, values[0])
     return given
 
 

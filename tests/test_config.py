@@ -24,6 +24,8 @@ class Example(JobConfig):
     """Tables."""
     note: str | None = None
     """A note."""
+    places: list[str] | None = None
+    """Where to look."""
 
 
 @pytest.fixture
@@ -79,8 +81,10 @@ def test_a_config_survives_its_own_yaml(yaml_file):
 
 
 def test_null_unsets_a_field_on_the_command_line_as_it_does_in_yaml(yaml_file):
-    in_yaml = yaml_file("manifest: m\nnote: something")
+    in_yaml = yaml_file("manifest: m\nnote: something\nplaces: [here, there]")
     assert load(Example, [*in_yaml, "--note", "null"]).note is None
+    assert load(Example, [*in_yaml, "--places", "null"]).places is None
+    assert load(Example, [*in_yaml, "--places", '["null"]']).places == ["null"]
     assert load(Example, yaml_file("manifest: m\nnote: null")).note is None
 
 

@@ -29,6 +29,7 @@ Convert: TypeAlias = Callable[[bytes], bytes]
 
 _PAGE_BYTES = 1 << 20  # pages are what readers stream: the first image is there when the first page is
 _ROWS_BETWEEN_PAGES = 8  # the writer looks at the page's size only after so many; by default after 1,024
+_MOST_PAGE_BYTES = 1 << 31  # more is no Parquet
 
 FILE_SCHEMA = pa.schema([*LABELLED_SCHEMA, pa.field("bytes", pa.binary(), nullable=False)])
 
@@ -89,12 +90,13 @@ def pack_images(
 def encode(table: pa.Table) -> bytes:
     """A packed shard as one Parquet file of one row group; images are compressed already. Equal tables, equal bytes."""
     sink = pa.BufferOutputStream()
+    largest = max(table["size"].to_pylist(), default=0)
     pq.write_table(
         table,
         sink,
         row_group_size=max(table.num_rows, 1),
         data_page_size=_PAGE_BYTES,
-        write_batch_size=_ROWS_BETWEEN_PAGES,
+        write_batch_size=_ROWS_BETWEEN_PAGES if _ROWS_BETWEEN_PAGES * largest < _MOST_PAGE_BYTES else 1,
         compression={"uri": "zstd", "etag": "zstd"},
         use_dictionary=["label"],
         write_statistics=False,

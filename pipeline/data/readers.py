@@ -145,10 +145,10 @@ def refusing_outages(
     """What `read_shard` yields, ended where it looks like a store that is down or shut rather than like bad images.
 
     Raises StorageError where more images than `max_storage_errors` are lost to a failing store, and, unless
-    `accept_lost_shards`, where all of several are gone, denied, changed or not allowed, and where more than
-    `max_storage_errors` are gone or denied and one that could be read no longer can.
+    `accept_lost_shards`, where all are lost to one, where all of several are gone, denied, changed or not allowed, and
+    where more than `max_storage_errors` are gone or denied and one that could be read no longer can.
     """
-    most = min(max_storage_errors, shard.num_images - 1)
+    most = max_storage_errors if accept_lost_shards else min(max_storage_errors, shard.num_images - 1)
     kinds: Counter[str] = Counter()
     readable: str | None = None
     for row, item in enumerate(encoded):
@@ -157,7 +157,8 @@ def refusing_outages(
             if kinds["storage_error"] > most:
                 raise StorageError(
                     f"shard {shard.shard_id}: expected at most {most} images lost to a failing store, got more, e.g. "
-                    f"{item.with_cause}. Nothing of the shard is committed: run again when it is back"
+                    f"{item.with_cause}. Nothing of the shard is committed: run again when it is back; images that it "
+                    "never gives become rows with a larger images.max_storage_errors and images.accept_lost_shards"
                 )
         elif readable is None and item:  # an empty object has no range to read again
             readable = shard.source or images["uri"][row].as_py()

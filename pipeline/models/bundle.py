@@ -9,6 +9,7 @@ A bundle never changes: both objects are written put-if-absent. Reading `model.j
 import hashlib
 import json
 import platform
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -48,6 +49,15 @@ class Architecture(Section):
     def _besides_the_number_of_classes(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if "num_classes" in arguments:
             raise ValueError("expected no num_classes among the arguments: it is the number of `classes`; leave it out")
+        return arguments
+
+    @field_validator("arguments")
+    @classmethod
+    def _of_their_types(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """`name=false` on a command line is text, which is true."""
+        for name, value in arguments.items():
+            if isinstance(value, str) and re.fullmatch(r"true|false|null|[-+]?[\d.]+(e[-+]?\d+)?", value):
+                raise ValueError(f'expected {name} as JSON, {{"{name}": {value}}}, got the text {value!r}')
         return arguments
 
 
@@ -142,7 +152,10 @@ def save(uri: str, bundle: Bundle, weights: bytes) -> None:
     assert hashlib.sha256(weights).hexdigest() == bundle.weights_digest
     weights_uri, model_uri = storage.join(uri, WEIGHTS_FILE), storage.join(uri, MODEL_FILE)
     if storage.exists(model_uri):
-        return _expect_equal(uri, bundle)
+        _expect_equal(uri, bundle)
+        if not storage.exists(weights_uri):  # lost since
+            storage.write(weights_uri, weights)
+        return
     try:
         storage.write(weights_uri, weights, if_absent=True)
     except ObjectExistsError as error:

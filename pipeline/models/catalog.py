@@ -92,7 +92,7 @@ def build(architecture: str, /, num_classes: int, **arguments: Any) -> Network:
         raise ConfigError(f"{architecture}: `weights` is no argument here; jobs.import_model makes a bundle of them")
     try:
         classifier = find(num_classes=num_classes, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{architecture} cannot be built with arguments {arguments}: {error}") from error
     return Network(classifier, _head_name(architecture, classifier))
 

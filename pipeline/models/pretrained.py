@@ -29,7 +29,7 @@ class Pretrained:
 
 def is_weights_name(text: str) -> bool:
     """Whether `text` has the form of an enum name of torchvision's weights."""
-    return re.fullmatch(r"\w+_Weights\.\w+", text) is not None
+    return re.fullmatch(r"\w+_Weights\.[A-Z][A-Z0-9_]*", text) is not None
 
 
 def describe(weights_name: str) -> Pretrained:

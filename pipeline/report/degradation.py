@@ -77,7 +77,8 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve], colours: dict[int, str]) ->
         for errors, width in ((curve.train_error, 0.9), (curve.test_error, 2.0)):
             measured = np.isfinite(errors)
             steps, drawn = thin(curve.steps[measured], 100 * errors[measured], most=_MOST_POINTS)
-            axes.plot(steps, drawn, color=colours[curve.depth], lw=width)
+            marker = "o" if len(steps) == 1 else None  # a line needs two
+            axes.plot(steps, drawn, color=colours[curve.depth], lw=width, marker=marker)
     handles = [Line2D([], [], color=colours[curve.depth], lw=2.0, label=f"{curve.depth} layers") for curve in curves]
     handles += [
         Line2D([], [], color=COLOURS["muted"], lw=width, label=label)

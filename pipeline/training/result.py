@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import JsonValue
 
 from pipeline import storage
-from pipeline.errors import RunError
+from pipeline.errors import BundleError, RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle, Metric, pack
 from pipeline.models.export import EXPORT_FILES, export
@@ -92,13 +92,20 @@ def _point_alias(run: TrainingRun, bundle_uri: str) -> None:
     if wanted not in pointed:
         registry.set_alias(run.config.registry, run.config.name, run.config.alias, run.config.version)
         storage.write(record_uri, json.dumps([*pointed, wanted]).encode())
-    elif (now := registry.resolve(run.config.registry, f"{run.config.name}@{run.config.alias}")) != bundle_uri:
+    elif (now := _alias_leads_to(run)) != bundle_uri:
         logger.warning(
-            "alias %s leads to %s and stays there: this run has pointed it to %s before; registry.set_alias moves it",
+            "alias %s leads to %s and stays so: this run has pointed it to %s before; registry.set_alias moves it",
             run.config.alias,
-            now,
+            now or "no bundle",
             bundle_uri,
         )
+
+
+def _alias_leads_to(run: TrainingRun) -> str | None:
+    try:
+        return registry.resolve(run.config.registry, f"{run.config.name}@{run.config.alias}")
+    except BundleError:  # it was taken away, or what it led to
+        return None
 
 
 def _metrics(run: TrainingRun, evaluation: dict[str, Any]) -> dict[str, Metric]:

@@ -121,6 +121,7 @@ def make_run(config: TrainConfig) -> TrainingRun:
     if start is not None:
         bundle = Bundle.load(start)
         architecture, preprocessing = architecture or bundle.architecture, preprocessing or bundle.preprocessing
+        _tell_of_lost_head(bundle, train)
     assert architecture is not None
     assert preprocessing is not None
     run = TrainingRun(
@@ -260,6 +261,18 @@ def _start_uri(config: TrainConfig) -> str | None:
     return registry.resolve(config.registry, config.start.bundle)
 
 
+def _tell_of_lost_head(bundle: Bundle, train: TrainingSet) -> None:
+    """Bare ids may be places in the bundle's classes, or other classes: nothing here can tell."""
+    if not train.manifest.classes and bundle.classes != train.classes:
+        logger.warning(
+            "start.bundle: its %d classes are not those of %s, which are only ids, %d of them; so its head is not kept "
+            "but drawn anew. A manifest with the same classes (jobs.manifest --classes) keeps it",
+            len(bundle.classes),
+            train.manifest.uri,
+            len(train.classes),
+        )
+
+
 def _refuse_idle(run: TrainingRun) -> None:
     """Settings whose time never comes. Raises ConfigError."""
     config = run.config
@@ -272,6 +285,12 @@ def _refuse_idle(run: TrainingRun) -> None:
         raise ConfigError(
             f"schedule.warmup: expected at most the training's {run.num_steps / steps_per_unit:g} "
             f"{config.schedule.unit}, got {config.schedule.warmup:g}: its learning rate would never be reached"
+        )
+    last_step = (run.num_steps - 1) / run.num_steps
+    if late := [(share, size) for share, size in config.augment.progressive if share > last_step]:
+        raise ConfigError(
+            f"augment.progressive: expected each share to be at most {last_step:g}, where the last of the training's "
+            f"{run.num_steps} steps begins, got {late}: no image would have that size"
         )
     strange = [when for when in config.schedule.milestones if not 0 < when * steps_per_unit < run.num_steps]
     if strange:

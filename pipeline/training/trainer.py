@@ -94,6 +94,13 @@ def choose_workers(
         )
     if num_lanes is not None:
         _warn_of_idleness(most, num_lanes)
+        if use_gpu and num_workers is None and num_gpus > num_lanes:
+            logger.warning(
+                "data.num_lanes: %d, the most workers there can be, leaves %d of %d GPUs idle; begin with more lanes",
+                num_lanes,
+                num_gpus - num_lanes,
+                num_gpus,
+            )
     return workers
 
 

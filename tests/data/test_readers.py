@@ -204,6 +204,18 @@ def test_many_images_that_are_gone_are_errors_where_their_neighbours_are_there(t
     assert sum(isinstance(content, ImageError) for content in guarded(manifest)) == 20
 
 
+def test_a_shard_that_a_store_never_gives_becomes_errors_where_lost_shards_are_accepted() -> None:
+    images = pa.table({"uri": ["s3://bucket/a.jpg"], "size": [1], "etag": ["e"]})
+    lost, shard = ImageError("fetch", "storage_error", "the store failed"), Shard(0, "images-00000.parquet", 0, 1, 1)
+
+    def refusing(**accepting: bool) -> list[bytes | ImageError]:
+        return list(refusing_outages(iter([lost]), shard, images, max_storage_errors=10, **accepting))
+
+    with pytest.raises(StorageError, match="images that it never gives become rows"):
+        refusing(accept_lost_shards=False)
+    assert refusing(accept_lost_shards=True) == [lost]
+
+
 def test_a_failing_store_is_told_with_its_cause(tmp_path: Path) -> None:
     uris = [f"file://{tmp_path}/\0{number}.jpg" for number in range(30)]  # no file system takes these
     images = pa.table({"uri": uris, "size": [1] * 30, "etag": pa.nulls(30, pa.string())})

@@ -136,9 +136,27 @@ def test_a_network_of_one_input_size_is_shown_no_whole_images(world, tmp_path, n
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_where_writing_fails_at_the_end_the_summary_has_the_figures(world, tmp_path, judged_here):
-    figures = job.main(config_of(world))
-    (tmp_path / "evaluation.json" / "in the way").mkdir(parents=True)
+def test_an_earlier_evaluation_is_not_left_beside_another_config(world, tmp_path, judged_here, monkeypatch):
+    job.main(config_of(world, output=str(tmp_path)))
+    assert (tmp_path / "evaluation.json").exists()
+
+    def fail(*_):
+        raise StorageError("the store is down")
+
+    monkeypatch.setattr(job, "_judge", fail)
+    with pytest.raises(StorageError, match="down"):
+        job.main(config_of(world, output=str(tmp_path), max_error_rate=0.5))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_where_writing_fails_at_the_end_the_summary_has_the_figures(world, tmp_path, judged_here, monkeypatch):
+    figures, judge = job.main(config_of(world)), job._judge
+
+    def judge_and_obstruct(*given):
+        (tmp_path / "evaluation.json" / "in the way").mkdir(parents=True)
+        return judge(*given)
+
+    monkeypatch.setattr(job, "_judge", judge_and_obstruct)
     with pytest.raises(StorageError, match=r"evaluation\.json.*this summary has the figures") as refusal:
         job.main(config_of(world, output=str(tmp_path)))
     assert figures["num_images"] == 27

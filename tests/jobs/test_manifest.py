@@ -65,6 +65,12 @@ def test_every_kind_of_source_has_its_place_in_the_config(photos: str, tmp_path:
         (["--source.label_column", "label"], "kind table alone"),
         (["--source.kind", "table", "--labels.kind", "folders"], "kind prefix alone"),
         (["--source.kind", "packed", "--filters.min_bytes", "5"], "filters"),
+        (["--source.kind", "packed", "--shard_size", "5"], "shard_size: .*jobs.pack"),
+        (
+            ["--labels.kind", "folders", "--labels.label_column", "kind"],
+            "column names with kind table alone",
+        ),
+        (["--seed", "1"], "seed: expected with sample alone"),
         (["--shard_size", "0"], "shard_size"),
         (["--sample", "1.5"], "sample"),
         (["--limits", "5"], "limits"),

@@ -129,6 +129,21 @@ def test_a_half_written_bundle_is_not_there_and_saving_it_again_completes_it(tmp
     assert Bundle.load(uri) == bundle
 
 
+def test_saving_a_bundle_again_brings_back_weights_that_were_lost(tmp_path: Path):
+    network = a_network()
+    bundle, weights = packed(network)
+    save(f"file://{tmp_path}", bundle, weights)
+    (tmp_path / "weights.safetensors").unlink()
+    save(f"file://{tmp_path}", bundle, weights)
+    assert (tmp_path / "weights.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("value", ["false", "null", "384", "-1", "1e-3", "0.5"])
+def test_arguments_that_a_command_line_made_text_of_are_refused(value: str):
+    with pytest.raises(ValueError, match=rf'expected flag as JSON, \{{"flag": {value}\}}, got the text'):
+        Architecture(name="inception_v3", arguments={"flag": value})
+
+
 def test_the_number_of_classes_must_be_the_heads():
     with pytest.raises(BundleError, match=r"classes: expected 3.*got 2"):
         packed(a_network(), classes=["ant", "bee"])

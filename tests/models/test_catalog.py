@@ -146,6 +146,7 @@ def test_an_unknown_name_is_refused_with_close_ones():
         ("preact_plain18", {}, "expected a name of the catalog"),
         ("mobilenet_v2", {"weights": "DEFAULT"}, "jobs.import_model"),
         ("vit_b_16", {"bogus": 1}, "bogus"),
+        ("vit_b_16", {"image_size": 225}, "cannot be built with arguments .*225"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, arguments: dict[str, Any], message: str):

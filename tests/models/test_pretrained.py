@@ -25,6 +25,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ViT_B_16_Weights.DEFAULT", True),
         ("s3://bucket/ResNet50_Weights.pth", False),
         ("weights.pth", False),
+        ("MyNet_Weights.pth", False),
         ("checkpoints/ResNet50_Weights.pth", False),
     ],
 )

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -49,6 +50,12 @@ def test_errors_are_drawn_in_percent_where_they_were_measured():
     assert test.get_ydata()[-1] == pytest.approx(9)
     assert len(test.get_ydata()) < len(train.get_ydata()) == 100
     assert np.isfinite(test.get_ydata()).all()
+
+
+def test_a_single_evaluation_is_a_point_for_a_line_needs_two():
+    once = replace(CURVES[0], test_error=np.where(np.arange(len(CURVES[0].steps)) == 1, 0.5, np.nan))
+    train, test = draw_degradation([once]).axes[int(once.is_residual)].get_lines()[:2]
+    assert (test.get_marker(), len(test.get_xdata()), train.get_marker()) == ("o", 1, "None")
 
 
 def test_the_axis_ends_where_it_is_told_to():

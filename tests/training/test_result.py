@@ -194,6 +194,9 @@ def test_an_alias_that_leads_elsewhere_by_now_is_not_moved_back(run, tmp_path, c
     publish(run.model_copy(update={"config": run.config.model_copy(update={"alias": "staging"})}))
     publish(run)
     assert registry.resolve(run.config.registry, "shapes@production").endswith("shapes/3")
+    storage.delete(storage.join(run.config.registry, "shapes/aliases/production.json"))
+    publish(run)
+    assert "alias production leads to no bundle and stays so" in caplog.text
 
 
 # --- the records -----------------------------------------------------------------------------------------------------

@@ -185,6 +185,17 @@ def test_what_does_not_change_the_weights_may_change(root, fields):
     assert read_run(began.uri) == began
 
 
+@pytest.mark.parametrize(("label_kind", "is_told"), [("ids", True), ("names", False)])
+def test_a_bundles_head_that_bare_ids_cannot_keep_is_told_of(root, label_kind, is_told, caplog):
+    make_bundle(root / "registry")
+    labels = ["0", "1"] * 6 if label_kind == "ids" else LABELS["train"]
+    list_labels(root, "train_anew", labels, start=0, label_kind=label_kind)
+    list_labels(root, "evaluation_anew", labels[:3], start=1000, label_kind=label_kind)
+    sets = {"train": str(root / "train_anew"), "evaluate_on": str(root / "evaluation_anew")}
+    run_of(root, **sets, start={"bundle": "tiny"}, architecture=None, evaluation={})
+    assert ("so its head is not kept" in caplog.text) == is_told
+
+
 def test_a_run_goes_on_from_the_bundle_it_began_with_wherever_the_name_leads_by_then(root):
     fields = {"start": {"bundle": "tiny"}, "architecture": None, "evaluation": {}, "resume": "auto"}
     uri = make_bundle(root / "registry")
@@ -205,6 +216,7 @@ def as_version(uri: str, version: str) -> tuple[Bundle, bytes]:
     ("fields", "told"),
     [
         ({"ema": {"decay": 0.9, "every_steps": 5}}, r"ema\.every_steps: expected at most the 4 steps"),
+        ({"augment": {"progressive": [(0.75, 40), (0.8, 48)]}}, r"progressive: .*at most 0\.75.*got \[\(0\.8, 48\)\]"),
         ({"schedule": {"warmup": 3}}, r"schedule\.warmup: expected at most the training's 2 epochs, got 3"),
         ({"schedule": {"warmup": 5, "unit": "steps"}}, r"schedule\.warmup"),
         (

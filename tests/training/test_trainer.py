@@ -56,6 +56,13 @@ def test_workers_that_lanes_leave_idle_are_told_of(num_workers: int, enough: int
     assert enough is None or f"no faster than {enough} workers" in caplog.text
 
 
+@pytest.mark.parametrize(("num_gpus", "idle"), [(4, None), (6, "leaves 2 of 6 GPUs idle")])
+def test_gpus_that_lanes_leave_idle_are_told_of(num_gpus: int, idle: str | None, caplog):
+    assert choose_workers([Node(64, num_gpus)], **AS_IT_COMES, use_gpu=True, num_lanes=4).most == 4
+    assert (idle is None) == (not caplog.records)
+    assert idle is None or idle in caplog.text
+
+
 def test_without_lanes_there_may_be_as_many_workers_as_fit():
     assert choose_workers([Node(64)], num_workers=[40], cpus_per_worker=1, use_gpu=False).most == 40
 
