@@ -8,7 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import ClusterConfig, JobConfig, Section
 from pipeline.data.manifest import Shard
-from pipeline.data.readers import ReadLimits, read_shard, refusing_outages
+from pipeline.data.outages import refusing_outages
+from pipeline.data.readers import ReadLimits, read_shard
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
 from pipeline.models.precision import AgreementLimits, AskedPrecision

@@ -305,7 +305,7 @@ def _load(shard: Shard, images: pa.Table, setup: Setup, decode: Decode, log: Loa
     )
     is_whole = setup.protocol.views == "multi_scale"
     batches = load_batches(
-        _withholding(setup.caution.known, images["uri"].to_pylist(), _refusing_outages(encoded)),
+        _withholding(setup.caution.known, images["uri"].to_pylist(), _refusing_storage_errors(encoded)),
         decode,
         make_views(setup.protocol, setup.preprocessing),
         batch_size=1 if is_whole else setup.batch_size,
@@ -322,7 +322,7 @@ def _withholding(
         yield known.get(uri, item)
 
 
-def _refusing_outages(encoded: Iterable[bytes | ImageError]) -> Iterator[bytes | ImageError]:
+def _refusing_storage_errors(encoded: Iterable[bytes | ImageError]) -> Iterator[bytes | ImageError]:
     for item in encoded:
         if isinstance(item, ImageError) and item.error == "storage_error":
             raise StorageError(

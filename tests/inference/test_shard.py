@@ -2,24 +2,21 @@
 
 import io
 import json
-import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import storage
 from pipeline.data import nvjpeg
 from pipeline.data.gpu_loader import GpuDecoder
 from pipeline.data.images import decode
-from pipeline.data.loader import Batch, LoadLog, load_batches, sample_pixels
+from pipeline.data.loader import Batch, LoadLog
 from pipeline.data.manifest import Shard
-from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError, StorageError
 from pipeline.inference.commit import Receipt, read_receipts
@@ -88,21 +85,6 @@ def test_embeddings_have_the_type_and_length_asked_for(world):
     norms = [np.linalg.norm(np.array(row["embedding"], np.float32)) for row in dataset.to_table().to_pylist()]
     np.testing.assert_allclose(norms, 1, atol=2e-3)
     assert not (world / "tables" / "predictions" / "run_id=unit").exists()
-
-
-def test_samples_are_good_images_from_all_over_the_manifest(world):
-    manifest, preprocessing = plan_of(world).manifest, Preprocessing(resize_size=32, crop_size=32)
-    samples = sample_pixels(manifest, ReadLimits(), preprocessing, 8)
-    assert (samples.dtype, samples.shape[1:]) == (torch.uint8, (3, 32, 32))
-    assert 4 <= len(samples) <= 8
-    first = preprocessing.apply(decode(storage.read(uris_of(plan_of(world))[0]), max_pixels=10**6))
-    assert torch.equal(samples[0], first)
-
-
-def test_samples_that_cannot_be_had_are_told_of_with_the_first_reason(world, caplog):
-    limits, preprocessing = ReadLimits(allowed_roots=["s3://elsewhere/"]), Preprocessing(resize_size=32, crop_size=32)
-    assert len(sample_pixels(plan_of(world).manifest, limits, preprocessing, 8)) == 0
-    assert re.search(r"(\d+) of \1 images to try a network on .* the first: '.*' is not under a root", caplog.text)
 
 
 def test_writing_a_shard_twice_writes_the_same_bytes(world):
@@ -205,27 +187,23 @@ def test_a_shard_that_is_lost_whole_stops_the_run_unless_that_is_accepted(world,
     assert len(log.errors) == 8
 
 
-def test_whatever_preprocessing_raises_is_the_images_error():
-    def decode_to_nonsense(data: bytes) -> torch.Tensor:
-        return torch.zeros(3)
-
-    log = LoadLog()
-    resize = [Preprocessing(resize_size=4, crop_size=4).apply]
-    assert list(load_batches([b"x"], decode_to_nonsense, resize, batch_size=2, num_threads=1, log=log)) == []
-    assert (log.errors[0].stage, log.errors[0].error) == ("preprocess", "failed")
+@pytest.fixture
+def threads_put_back() -> Iterator[None]:
+    """Torch has as many threads afterwards as before."""
+    kept = torch.get_num_threads()
+    yield
+    torch.set_num_threads(kept)
 
 
-def test_the_last_bits_of_a_deep_net_depend_on_the_recorded_threads_alone(world):
+def test_the_last_bits_of_a_deep_net_depend_on_the_recorded_threads_alone(world, threads_put_back):
     make_bundle(world / "registry", name="deep", architecture="resnet18")
     first = run_without_ray(world, run_id="threads-1", bundles=["deep"])
-    kept = torch.get_num_threads()
     torch.set_num_threads(1)
     again = run_without_ray(world, run_id="threads-2", bundles=["deep"])
-    torch.set_num_threads(kept)
     assert table(first, "predictions") == table(again, "predictions")
 
 
-def test_two_shards_at_once_give_the_bytes_and_take_the_turns_of_one_after_the_other(world):
+def test_two_shards_at_once_give_the_bytes_and_take_the_turns_of_one_after_the_other(world, threads_put_back):
     make_bundle(world / "registry", name="wide", architecture="resnet18")
     run_without_ray(world, run_id="one-by-one", bundles=["wide"])
     plan = plan_of(world, run_id="one-by-one", bundles=["wide"])
@@ -237,39 +215,11 @@ def test_two_shards_at_once_give_the_bytes_and_take_the_turns_of_one_after_the_o
         batches = load_shard(plan.run, plan.manifest, shard, predictor.preprocessings, **options)
         return predict_shard(plan.run, plan.manifest, shard, batches, predictor, log=log)
 
-    kept, start = torch.get_num_threads(), time.perf_counter()
+    start = time.perf_counter()
     torch.set_num_threads(1)  # a new thread's too, until told otherwise
     with ThreadPoolExecutor(2) as threads:
         receipts = list(threads.map(work, plan.manifest.shards()))
-    torch.set_num_threads(kept)
     took_s = time.perf_counter() - start
     committed = read_receipts(plan.run.uri, {receipt.shard_id for receipt in receipts})
     assert [receipt.files for receipt in receipts] == [receipt.files for receipt in committed]
     assert 0 < sum(receipt.seconds["total"] for receipt in receipts) <= took_s + 0.01
-
-
-@settings(deadline=None)
-@given(st.lists(st.booleans(), max_size=40), st.integers(1, 7), st.integers(1, 4))
-def test_batches_hold_every_good_image_once_in_order_and_are_full_but_for_the_last(is_good, batch_size, num_threads):
-    def decode_or_fail(data: bytes) -> torch.Tensor:
-        if data == b"bad":
-            raise ImageError("decode", "corrupt", "bad")
-        return torch.full((3, 2, 2), data[0], dtype=torch.uint8)
-
-    encoded = [bytes([index]) if good else b"bad" for index, good in enumerate(is_good)]
-    log = LoadLog()
-    batches = list(
-        load_batches(
-            encoded,
-            decode_or_fail,
-            [Preprocessing(resize_size=2, crop_size=2).apply],
-            batch_size=batch_size,
-            num_threads=num_threads,
-            log=log,
-        )
-    )
-    rows = [row for batch in batches for row in batch.rows]
-    assert rows == [index for index, good in enumerate(is_good) if good]
-    assert sorted(log.errors) == [index for index, good in enumerate(is_good) if not good]
-    assert all(len(batch.rows) == batch_size for batch in batches[:-1])
-    assert [int(image[0, 0, 0]) for batch in batches for image in batch.pixels[0]] == rows

@@ -2,12 +2,10 @@
 
 import math
 import random
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,26 +32,12 @@ from pipeline.training.evaluate import Setup, check_labels, evaluate, parts_of
 from pipeline.training.protocol import Protocol
 from tests.confusions import matrix_of, traced_peak
 from tests.manifests import Rows, fresh, some_rows
+from tests.ranks import Meeting
 from tests.worlds import list_images, make_world, run_without_ray
 
 PREPROCESSING = Preprocessing(resize_size=32, crop_size=32)
 SETUP = Setup(preprocessing=PREPROCESSING, batch_size=4, keep_hardest=100)
 CROPPING = replace(SETUP, preprocessing=Preprocessing(resize_size=40, crop_size=32))
-
-
-class Meeting:
-    """Where `world_size` threads bring a value each, and take those of all away."""
-
-    def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=60)
-        self._values: list[Any] = [None] * world_size
-
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self._values[rank] = value
-        self._barrier.wait()
-        values = list(self._values)
-        self._barrier.wait()
-        return values
 
 
 def on_ranks(world_size: int, work) -> list:

@@ -2,12 +2,7 @@
 
 import gc
 import itertools
-import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,98 +10,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.train_loader import TrainBatch
 from pipeline.errors import ImageError, RunError
-from pipeline.training import checkpoint, logbook
-from pipeline.training.bound import Pace
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import CheckpointWriter
 from pipeline.training.config import CheckpointConfig
-from pipeline.training.counts import HardImage, Outcome, from_entries
+from pipeline.training.counts import from_entries
 from pipeline.training.logbook import Logbook
-from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
-from tests.confusions import counts_of, matrix_of
+from tests.confusions import matrix_of
+from tests.logbooks import OUTCOME, add, batch_of, names, run_of
 from tests.manifests import fresh
-from tests.training_worlds import train_config
-
-
-def run_of(num_images: int = 100, batch_size: int = 10, **fields: Any) -> TrainingRun:
-    config = train_config(Path("/nowhere"), batch_size=batch_size, **fields)
-    return TrainingRun(
-        config=config,
-        train_digest="t",
-        evaluation_digest="e",
-        num_images=num_images,
-        classes=["cat", "dog"],
-        architecture=config.architecture,
-        preprocessing=config.evaluation.preprocessing,
-        start_uri=None,
-        start_digest=None,
-    )
-
-
-def batch_of(uris: list[str], pixels: torch.Tensor | None = None) -> TrainBatch:
-    nothing = torch.empty(0)
-    return TrainBatch(0, len(uris), uris, nothing if pixels is None else pixels, nothing, nothing, nothing)
-
-
-def add(log: Logbook, number: int, uris: list[str], *, loss: float = 1.0, right: int = 0, failed: int = 0) -> None:
-    """A step on these images, of this mean loss."""
-    counted = len(uris) - failed
-    totals = torch.tensor([loss * counted, right, counted], dtype=torch.float64)
-    log.add(number, number / 100, batch_of(uris), totals)
-
-
-def names(count: int, rank: int = 0) -> list[str]:
-    return [f"{rank}-{number}.jpg" for number in range(count)]
-
-
-COUNTS = replace(counts_of([[3, 1], [0, 4]]), num_errors=2, top5=8, loss_sum=4.0)
-OUTCOME = Outcome(COUNTS, [], [HardImage("s3://b/1.jpg", 0, 1, 0.9, 2.5)])
-
-
-# --- several ranks, as threads ---------------------------------------------------------------------------------------
-
-
-class Meeting:
-    """Where ranks exchange values."""
-
-    def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=30)
-        self._values: list[Any] = [None] * world_size
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self._values[rank] = value
-        self._barrier.wait()
-        values = list(self._values)
-        self._barrier.wait()
-        return values
-
-
-@dataclass(frozen=True)
-class Peer(Worker):
-    """A worker whose peers are threads."""
-
-    meeting: Meeting | None = None
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values.copy_(torch.stack(self.gather(values.clone())).sum(0))
-
-    def gather(self, value: Any) -> list[Any]:
-        assert self.meeting is not None
-        return self.meeting.exchange(self.rank, value)
-
-
-def on_ranks(world_size: int, work: Callable[[Peer], Any], **fields: Callable[[int], Any]) -> list[Any]:
-    """What `work` returns on each rank; `fields` are those of the workers, by rank."""
-    meeting = Meeting(world_size)
-    peers = [
-        Peer(rank, world_size, meeting=meeting, **{name: of(rank) for name, of in fields.items()})
-        for rank in range(world_size)
-    ]
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(work, peers))
-
+from tests.ranks import Peer, on_ranks
 
 # --- looks -----------------------------------------------------------------------------------------------------------
 
@@ -175,121 +89,6 @@ def test_images_are_let_go_before_the_look():
     del pixels
     gc.collect()
     assert is_there() is None
-
-
-# --- time ------------------------------------------------------------------------------------------------------------
-
-
-class Clock(threading.local):
-    """A clock moved by hand, each thread's its own."""
-
-    now = 0.0
-
-    def move(self, seconds: float) -> None:
-        self.now += seconds
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    """The logbook's."""
-    found = Clock()
-    monkeypatch.setattr(logbook, "time", found)
-    return found
-
-
-def steps_of(log: Logbook, clock: Clock, *, wait_s: float, work_s: float, num_steps: int = 2) -> None:
-    """Steps of ten images, each waited for and worked on that long; then a look."""
-
-    def batches():
-        for _ in range(num_steps):
-            clock.move(wait_s)
-            yield batch_of(names(10))
-
-    for number, batch in enumerate(log.timed(batches()), start=1):
-        clock.move(work_s)
-        add(log, number, batch.uris)
-    log.look()
-
-
-def test_rate_and_data_wait_are_those_since_the_last_look(clock):
-    told: list[dict[str, Any]] = []
-    log = Logbook(run_of(epochs=1), Worker(observe=told.append))
-    steps_of(log, clock, wait_s=3, work_s=1)
-    steps_of(log, clock, wait_s=0, work_s=5)
-    assert [entry["data_wait_share"] for entry in log.history] == [0.75, 0]
-    assert [entry["images_per_s"] for entry in log.history] == [2.5, 2]
-    assert told[0]["eta_s"] == 8 * 4
-
-
-def test_the_pace_is_that_of_all_steps_in_every_attempt(clock):
-    log = Logbook(run_of(epochs=1), Worker())
-    steps_of(log, clock, wait_s=3, work_s=1)
-    clock.move(1000)
-    resumed = Logbook(run_of(epochs=1), Worker())
-    resumed.load(log.state())
-    steps_of(resumed, clock, wait_s=0, work_s=5)
-    pace = Pace.of(resumed.state())
-    looks = resumed.history
-    assert pace.train_s == sum(20 / look["images_per_s"] for look in looks)
-    assert pace.images_per_s == 40 / pace.train_s
-    assert pace.data_wait_share == 6 / pace.train_s
-
-
-def test_what_goes_into_a_start_is_no_step(clock):
-    log = Logbook(run_of(epochs=1), Worker())
-    clock.move(1000)  # a cache is filled
-    steps_of(log, clock, wait_s=1, work_s=1)
-    assert log.history[0]["images_per_s"] == 5
-
-
-class Working(torch.Tensor):
-    """Totals on a device that is done only after a while."""
-
-    clock: Clock
-
-    def tolist(self):
-        self.clock.move(6)
-        return super().tolist()
-
-
-def test_how_far_the_device_is_behind_the_loop_is_told_in_steps(clock, monkeypatch):
-    log = Logbook(run_of(epochs=1), Worker())
-    monkeypatch.setattr(Working, "clock", clock, raising=False)
-    for number in (1, 2):
-        clock.move(1)
-        log.add(number, 0.1, batch_of(names(10)), torch.tensor([0.0, 0.0, 10.0]).as_subclass(Working))
-    log.look()
-    assert log.history[0]["device_lag"] == 6 / 4  # two steps took eight seconds
-    assert log.history[0]["images_per_s"] == 20 / 8
-
-
-def test_the_seconds_of_an_evaluation_are_not_trainings(clock):
-    log = Logbook(run_of(), Worker())
-    steps_of(log, clock, wait_s=1, work_s=1)
-    clock.move(1000)
-    log.judge(2, OUTCOME)
-    steps_of(log, clock, wait_s=1, work_s=1)
-    assert log.history[0]["images_per_s"] == log.history[1]["images_per_s"] == 5
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(*[st.floats(1e-3, 1e3)] * 2), min_size=1, max_size=3))
-def test_the_data_wait_is_a_share_however_the_ranks_clocks_run(seconds):
-    def work(peer: Peer) -> float:
-        log = Logbook(run_of(), peer)
-        wait_s, work_s = seconds[peer.rank]
-        steps_of(log, clock, wait_s=wait_s, work_s=work_s)
-        return log.history[0]["data_wait_share"]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logbook, "time", clock := Clock())
-        shares = on_ranks(len(seconds), work)
-    expected = sum(wait_s for wait_s, _ in seconds) / sum(map(sum, seconds))
-    assert shares == pytest.approx([expected] * len(seconds))
-    assert all(0 <= share <= 1 for share in shares)
 
 
 # --- what stops a run ------------------------------------------------------------------------------------------------
