@@ -20,11 +20,10 @@ from pipeline.config import Section
 from pipeline.data.manifest import Shard
 from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, ObjectTooLargeError, StorageError
 
-LOOSE_BYTES_AHEAD = 256 << 20
+BYTES_AHEAD = 256 << 20  # of one shard, where the manifest tells sizes
 _TAR_CHUNK_BYTES = 4 << 20
 _TAR_CHUNKS_AT_ONCE = 4  # and as many again read ahead
-_PACKED_ROWS = 32
-_PACKED_AHEAD = 32  # images
+_PACKED_AHEAD = 32  # images, and so many are taken from a row group at once
 _PACKED_READ_BYTES = 4 << 20  # of a request: the first image waits for a larger one, all wait for many small ones
 _Found: TypeAlias = tuple[str, bytes | ImageError]
 """A packed image's uri, and its bytes or why they cannot be had."""
@@ -69,7 +68,7 @@ def read_shard(
     """The encoded bytes of every image of `shard`, or why they cannot be had, in the order of `images`.
 
     Streams: at most `2 * concurrency` loose images and, where the manifest tells sizes, 256 MB are held ahead of the
-    reader, or 64 packed ones and some 32 MB. The errors have stage `fetch`: `not_found`, `access_denied`, `changed`
+    reader, or twice `packed_ahead` and some 32 MB. The errors have stage `fetch`: `not_found`, `access_denied`, `changed`
     (another size or etag than the manifest's), `too_large` (over `max_bytes`), `not_allowed` (outside
     `allowed_roots`), `storage_error` (the store failed, after its retries), `unreadable` (a damaged packed source).
     Nothing is raised for an image.
@@ -78,12 +77,12 @@ def read_shard(
     if shard.source is None:
         fetch = partial(fetch_image, allowed_roots=allowed_roots, max_bytes=max_bytes)
         yield from storage.map_concurrently(
-            fetch, rows, concurrency, size_of=lambda image: image.size or 0, max_size=LOOSE_BYTES_AHEAD
+            fetch, rows, concurrency, size_of=lambda image: image.size or 0, max_size=BYTES_AHEAD
         )
         return
     error = None if _is_allowed(shard.source, allowed_roots) else _not_allowed(shard.source)
     read_source = _read_tar if shard.source_row_group is None else _read_row_group
-    found = iter(()) if error else storage.run_ahead(read_source(shard, max_bytes), _PACKED_AHEAD)
+    found = iter(()) if error else storage.run_ahead(read_source(shard, max_bytes), packed_ahead(shard))
     yield from _matched(rows, found, shard.source, error)
 
 
@@ -130,12 +129,17 @@ def _matched(
 # --- packed sources ------------------------------------------------------------------------------------------------
 
 
+def packed_ahead(shard: Shard) -> int:
+    """How many packed images are held ahead of the reader: 32, or as many of their mean size as 256 MB hold, or one."""
+    return max(1, min(_PACKED_AHEAD, BYTES_AHEAD * shard.num_images // max(1, shard.num_bytes)))
+
+
 def _read_row_group(shard: Shard, max_bytes: int) -> Iterator[_Found]:
     assert shard.source is not None
     _refuse_changed(shard, storage.head(shard.source).etag)
     with storage.open_file(shard.source) as file:
         table = pq.ParquetFile(file, buffer_size=_PACKED_READ_BYTES, pre_buffer=False)
-        batches = table.iter_batches(_PACKED_ROWS, row_groups=[shard.source_row_group], columns=["uri", "bytes"])
+        batches = table.iter_batches(packed_ahead(shard), row_groups=[shard.source_row_group], columns=["uri", "bytes"])
         for batch in batches:
             for uri, content in zip(batch["uri"].cast(pa.string()).to_pylist(), batch["bytes"], strict=True):
                 yield uri, _of_row(uri, content.as_py(), max_bytes)

@@ -21,7 +21,7 @@ import torch
 
 from pipeline import storage
 from pipeline.data.decoders import NO_CAUTION, Caution, guarded_decoder
-from pipeline.data.readers import LOOSE_BYTES_AHEAD, ImageRef, ReadLimits, fetch_image, image_refs, read_shard
+from pipeline.data.readers import BYTES_AHEAD, ImageRef, ReadLimits, fetch_image, image_refs, read_shard
 from pipeline.data.sampler import Draws, EpochOrder, Parts, Steps, Window
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ImageError, StorageError
@@ -191,7 +191,7 @@ class TrainLoader:
                 items,
                 self.limits.fetch_concurrency,
                 size_of=lambda item: item.ref.size or 0,
-                max_size=LOOSE_BYTES_AHEAD,
+                max_size=BYTES_AHEAD,
             )
         num_threads = 1 if self.caution.isolated else self.num_threads
         with guarded_decoder(isolated=self.caution.isolated) as decoder:

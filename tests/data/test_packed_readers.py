@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.data import readers
+from pipeline.data.manifest import Shard
 from pipeline.data.packed import PackedSource
 from pipeline.data.readers import read_shard
 from pipeline.errors import ImageError
@@ -139,6 +140,11 @@ def test_a_packed_image_over_the_byte_limit_is_an_error_and_harms_no_other(pack,
         read = read_shard(shard, manifest.images(shard), allowed_roots=EVERYWHERE, max_bytes=700 * 17)
         found += [content.error if isinstance(content, ImageError) else "ok" for content in read]
     assert found == ["ok"] * 18 + ["too_large"] * 2
+
+
+@pytest.mark.parametrize(("mean_bytes", "expected"), [(0, 32), (110_000, 32), (64 << 20, 4), (1 << 30, 1)])
+def test_fewer_packed_images_are_held_ahead_where_they_are_large(mean_bytes: int, expected: int) -> None:
+    assert readers.packed_ahead(Shard(0, "images-00000.parquet", 0, 50, 50 * mean_bytes)) == expected
 
 
 def test_a_tar_is_read_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
