@@ -68,8 +68,8 @@ def read_shard(
     """The encoded bytes of every image of `shard`, or why they cannot be had, in the order of `images`.
 
     Streams: at most `2 * concurrency` loose images and, where the manifest tells sizes, 256 MB are held ahead of the
-    reader, or twice `packed_ahead` and some 32 MB. The errors have stage `fetch`: `not_found`, `access_denied`, `changed`
-    (another size or etag than the manifest's), `too_large` (over `max_bytes`), `not_allowed` (outside
+    reader, or twice `packed_ahead` and some 32 MB. The errors have stage `fetch`: `not_found`, `access_denied`,
+    `changed` (another size or etag than the manifest's), `too_large` (over `max_bytes`), `not_allowed` (outside
     `allowed_roots`), `storage_error` (the store failed, after its retries), `unreadable` (a damaged packed source).
     Nothing is raised for an image.
     """
