@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from benchmarks.manifest_scale import make_bundle, measure
 from pipeline import storage
-from pipeline.cluster import arrive, connected_ray
+from pipeline.cluster import connected_ray
 from pipeline.config import ClusterConfig
 from pipeline.data.manifest import Shard, write_manifest
 from pipeline.data.sources import IMAGE_SCHEMA
@@ -43,6 +43,7 @@ from pipeline.inference.run import Run, read_run, resolve_inputs
 from pipeline.inference.turns import Turns
 from pipeline.models.bundle import Bundle
 from pipeline.tables.writing import write_shard
+from pipeline.witness import arrive
 
 ROWS_AT_ONCE = 100_000
 

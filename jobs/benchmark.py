@@ -17,7 +17,7 @@ from pydantic import Field
 
 from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, results_of, start_here
+from pipeline.cluster import Node, connected_ray, in_words, results_of, start_here
 from pipeline.config import ClusterConfig, JobConfig
 from pipeline.data.manifest import Shard
 from pipeline.inference import networks
@@ -27,6 +27,7 @@ from pipeline.inference.estimate import choose_sample, shards_to_a_worker, try_s
 from pipeline.inference.layout import STAGES, Layout, Stage, choose_layout
 from pipeline.inference.plan import make_plan
 from pipeline.inference.run import Run, resolve_inputs
+from pipeline.witness import Witness, arrive, heard
 
 _SHARDS_TO_AN_ACTOR = 8  # with a GPU, or where tasks work for it: it does all their stages itself
 

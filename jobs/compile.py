@@ -19,12 +19,9 @@ from pipeline import storage
 from pipeline.cluster import (
     Device,
     Node,
-    Witness,
-    arrive,
     choose_device,
     connected_ray,
     default_batch_size,
-    heard,
     in_words,
     results_of,
     start_here,
@@ -36,6 +33,7 @@ from pipeline.errors import BundleError, ConfigError, ManifestError, RunError
 from pipeline.models import registry
 from pipeline.models.bundle import Bundle
 from pipeline.models.precision import AgreementLimits, AskedPrecision, precisions
+from pipeline.witness import Witness, arrive, heard
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from jobs import run_job
 from pipeline import storage
-from pipeline.cluster import Node, choose_device, connected_ray
+from pipeline.cluster import Node, choose_device, connected_ray, num_fitting
 from pipeline.config import describe
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import ConfigError, RunError
@@ -128,9 +128,7 @@ def make_curve(net: Net, history: Sequence[dict[str, Any]], evaluations: Sequenc
 
 def num_at_once(nodes: Sequence[Node], workers: "Workers") -> int:
     """How many trainings of these workers the cluster has room for, one at least."""
-    cpus = workers.cpus_per_worker
-    fitting = sum(min(node.cpus // cpus, node.gpus) if workers.use_gpu else node.cpus // cpus for node in nodes)
-    return max(1, fitting // workers.most)
+    return max(1, num_fitting(nodes, workers.cpus_per_worker, use_gpu=workers.use_gpu) // workers.most)
 
 
 def _refuse_name_of_a_training(config: DegradationConfig, uri: str) -> None:

@@ -104,3 +104,8 @@ class ReconcileError(PipelineError):
     """A run or its verification found rows missing, double or altered."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says: libraries add traces, and lists of what else might be wrong."""
+    return str(error).partition("\n")[0]

@@ -1,6 +1,5 @@
-"""Joining a Ray cluster or starting one, and being told where it has nothing free."""
+"""Joining a Ray cluster or starting one."""
 
-import logging
 import signal
 import subprocess
 import time
@@ -9,8 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline import cluster
-from pipeline.cluster import Node, Witness, arrive, connected_ray, heard, in_words, results_of, start_here
+from pipeline.cluster import Node, connected_ray, in_words, results_of
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError, RunError
 
@@ -113,43 +111,6 @@ def test_an_address_where_no_cluster_is_fails_at_once(
 
 
 @pytest.mark.ray
-def test_work_that_waits_for_a_full_cluster_is_told_and_work_that_has_begun_is_not(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(cluster, "BEGIN_WITHIN_S", 0.1)
-    witness = start_here(Witness)
-    asked = {"actors": "3 actors of 2 CPUs each", "decode": "tasks of 1 CPU each"}
-
-    def told(within_s: float) -> str:
-        caplog.clear()
-        with heard(witness, asked):
-            deadline = time.monotonic() + within_s
-            while not caplog.text and time.monotonic() < deadline:
-                time.sleep(0.05)
-        return caplog.text
-
-    assert "not begun within 0 s: 3 actors of 2 CPUs each, tasks of 1 CPU each; free in the cluster now: " in told(60)
-    ray.get(witness.arrive.remote("decode"))
-    assert "not begun within 0 s: 3 actors of 2 CPUs each; free" in told(60)
-    ray.get(witness.arrive.remote("actors"))
-    assert told(2) == ""
-
-
-@pytest.mark.ray
-def test_what_workers_warn_of_is_said_once_by_the_driver(local_ray: None, caplog: pytest.LogCaptureFixture) -> None:
-    def work(witness: Any) -> None:
-        arrive(witness, "tasks")
-        logging.getLogger("pipeline.somewhere").warning("of %s bits", 16)
-        logging.getLogger("pipeline.somewhere").info("not of interest")
-        ray.get(witness.arrived.remote())  # behind the warning
-
-    witness, task = start_here(Witness), ray.remote(work)
-    with heard(witness, {"tasks": "a task of 1 CPU"}):
-        ray.get([task.remote(witness) for _ in range(2)])
-    assert [record.getMessage() for record in caplog.records if record.name == "pipeline.cluster"] == ["of 16 bits"]
-
-
-@pytest.mark.ray
 def test_results_come_in_order_and_with_them_what_a_call_raises(local_ray: None) -> None:
     @ray.remote(num_cpus=0)
     def inverse(number: int) -> float:
@@ -184,14 +145,6 @@ def test_a_signal_is_heard_while_results_are_waited_for(local_ray: None) -> None
         signal.signal(signal.SIGALRM, before)
         ray.cancel(waited_for, force=True)
     assert time.monotonic() - start < 20
-
-
-def test_a_block_that_ends_in_time_does_not_ask_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(cluster, "_tell_what_waits", lambda *arguments: asked.append(arguments))
-    with heard(None, {}):
-        pass
-    assert asked == []
 
 
 @pytest.mark.parametrize(

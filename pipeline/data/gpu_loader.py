@@ -23,7 +23,7 @@ from pipeline.data.images import DecodeOptions
 from pipeline.data.loader import Batch, Decode, Loaded, LoadLog, load_image, or_refusal, stack, timed
 from pipeline.data.nvjpeg import PlainJpeg
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, first_line
 
 _GROUP = 64  # images that are decoded at once
 _GROUPS_AT_ONCE = 2  # while nvJPEG has one, the other's kernels are launched
@@ -156,7 +156,7 @@ class GpuDecoder:
         try:
             return [views[0] for views in self._views([image])]
         except Exception as error:  # a CPU tells whose fault it is
-            said = str(error).partition("\n")[0]
+            said = first_line(error)
         logger.warning("an image is preprocessed on the CPU, for on the GPU it failed: %s", said)
         here = image.cpu()  # raises where the GPU has failed for good: that must make no error rows
         return self._moved(or_refusal(lambda: [each.apply(here) for each in self._preprocessings]))

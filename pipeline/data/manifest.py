@@ -27,7 +27,7 @@ from pipeline import __version__, storage
 from pipeline.data.shards import SHARD_SCHEMA, CutShard, Labelling, Shard, cut, digest_of, shards_file, write_files
 from pipeline.data.sources import Source
 from pipeline.data.spool import Selection, spool
-from pipeline.errors import ManifestError, ObjectExistsError, ObjectNotFoundError
+from pipeline.errors import ManifestError, ObjectExistsError, ObjectNotFoundError, first_line
 
 FORMAT_VERSION = 1
 _FOOTERS_CACHED = 64
@@ -215,5 +215,4 @@ def _undamaged(uri: str, name: str) -> Iterator[None]:
     except (ObjectNotFoundError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the file system's; damage pyarrow tells of has no number
             raise
-        first_line = str(error).partition("\n")[0]
-        raise ManifestError(f"expected a readable {name} in the manifest at {uri!r}: {first_line}") from error
+        raise ManifestError(f"expected a readable {name} in the manifest at {uri!r}: {first_line(error)}") from error

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.data import images
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import RunError
+from pipeline.errors import RunError, first_line
 
 _MOST_PIXELS = 2**24  # of an image
 _MOST_PIXELS_AT_ONCE = 2**26  # of a call, whose buffers grow with it; images stay, of two groups 3 GB each at the most
@@ -33,13 +33,13 @@ def require(device: torch.device, preprocessings: Sequence[Preprocessing]) -> No
     try:
         decoded = _decode_jpegs([file.getvalue()], device)
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise RunError(f"nvJPEG does not work on this node: {said}; set compute.decode to cpu") from error
     try:
         for preprocessing in preprocessings:
             preprocessing.apply_to_all(decoded)
     except Exception as error:  # Triton's, or of what it calls; done otherwise, pixels would differ by node
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise RunError(
             f"images cannot be resized on the GPU of this node: {said}; Triton needs a C compiler: install one, or set "
             "compute.decode to cpu"
@@ -94,7 +94,7 @@ def _decode_or_none(encoded: Sequence[bytes | memoryview], device: torch.device)
     try:
         return _decode_jpegs(encoded, device)
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
     _settle(device)
     if len(encoded) == 1:
         logger.warning("an image is decoded on the CPU, for nvJPEG refuses it: %s", said)

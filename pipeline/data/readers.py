@@ -18,7 +18,14 @@ from pydantic import Field, field_validator
 from pipeline import storage
 from pipeline.config import Section
 from pipeline.data.manifest import Shard
-from pipeline.errors import AccessDeniedError, ImageError, ObjectNotFoundError, ObjectTooLargeError, StorageError
+from pipeline.errors import (
+    AccessDeniedError,
+    ImageError,
+    ObjectNotFoundError,
+    ObjectTooLargeError,
+    StorageError,
+    first_line,
+)
 
 BYTES_AHEAD = 256 << 20  # of one shard, where the manifest tells sizes
 _TAR_CHUNK_BYTES = 4 << 20
@@ -233,6 +240,6 @@ def _as_image_error(error: Exception, uri: str) -> ImageError:
     if isinstance(error, AccessDeniedError):
         return ImageError("fetch", "access_denied", f"expected to be allowed to read {uri!r}, was refused")
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno):  # pyarrow's own have no number
-        cause = str(error).partition("\n")[0].removeprefix(f"{uri!r}: ")
+        cause = first_line(error).removeprefix(f"{uri!r}: ")
         return ImageError("fetch", "storage_error", f"the store failed on {uri!r}", cause)
     return ImageError("fetch", "unreadable", f"{uri!r} cannot be read: {type(error).__name__}")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.errors import AccessDeniedError, ManifestError, ObjectNotFoundError
+from pipeline.errors import AccessDeniedError, ManifestError, ObjectNotFoundError, first_line
 
 IMAGE_GLOBS = (
     *("*.jpg", "*.jpeg", "*.jpe", "*.jfif", "*.png", "*.gif", "*.webp", "*.bmp", "*.dib", "*.tif", "*.tiff"),
@@ -216,5 +216,6 @@ def readable(uri: str, expected: str) -> Iterator[None]:
     except (pa.ArrowException, EOFError, OSError, zlib.error, csv.Error, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno:  # the file system's; damage that is found has no number
             raise
-        first_line = str(error).partition("\n")[0]
-        raise ManifestError(f"expected {expected} at {uri!r}, got one that cannot be read: {first_line}") from error
+        raise ManifestError(
+            f"expected {expected} at {uri!r}, got one that cannot be read: {first_line(error)}"
+        ) from error

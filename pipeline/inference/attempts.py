@@ -7,7 +7,7 @@ wait for.
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.cluster import Witness
+from pipeline.witness import Witness
 
 MAX_DEATHS = 3
 _MOST_BEGINNINGS = 10  # of a shard, done or not: what dies after a shard is done must not go on for ever either

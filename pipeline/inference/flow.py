@@ -29,7 +29,7 @@ import ray.data
 from ray.data.block import BlockAccessor
 
 from pipeline import errors
-from pipeline.cluster import Node, heard, in_words, results_of, start_here
+from pipeline.cluster import Node, in_words, results_of, start_here
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import ConfigError, PipelineError, RunError
 from pipeline.inference import networks
@@ -52,6 +52,7 @@ from pipeline.inference.workers import (
     prepare_shard,
 )
 from pipeline.telemetry import RunProgress
+from pipeline.witness import heard
 
 _COMMITS_IN_FLIGHT = 16
 _ENOUGH_TASKS = 1_000  # Ray Data does some eighty a second on two cores, and keeps some kilobytes of each
@@ -217,7 +218,7 @@ def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
 def receipts_of(dataset: ray.data.Dataset, attempts: Any, asked: Mapping[str, str]) -> Generator[Receipt, None, None]:
     """The receipts that a dataset's last stage made with `workers.receipt_rows`, as they come.
 
-    `asked` is what the dataset asks of the cluster, as `cluster.heard` takes it: one may have to wait for it.
+    `asked` is what the dataset asks of the cluster, as `witness.heard` takes it: one may have to wait for it.
     Raises RunError with the reason where a worker failed, ConfigError and its like where it must fail again.
     """
     failure: PipelineError | None = None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from pipeline.cluster import Device, Node, choose_device
+from pipeline.cluster import Device, Node, choose_device, nodes_in_words
 from pipeline.errors import ConfigError
 from pipeline.inference.config import ComputeConfig
 
@@ -144,10 +144,9 @@ def _leaving_one_cpu(fitting: int, size: int, cpus: int) -> int:
 def _num_actors(fitting: int, compute: ComputeConfig, num_shards: int, each: str, nodes: Sequence[Node]) -> int:
     wanted = compute.actors or 1
     if fitting < wanted:
-        there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
         raise ConfigError(
-            f"compute: {wanted} actors of {each} do not fit this cluster, {fitting} do (nodes: {there}); "
-            "lower compute.actors or compute.cpus_per_actor, raise compute.actors_per_gpu where there are GPUs, use "
-            "compute.form fused, or add nodes"
+            f"compute: {wanted} actors of {each} do not fit this cluster, {fitting} do (nodes: "
+            f"{nodes_in_words(nodes)}); lower compute.actors or compute.cpus_per_actor, raise compute.actors_per_gpu "
+            "where there are GPUs, use compute.form fused, or add nodes"
         )
     return max(1, min(compute.actors or fitting, num_shards))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import ray
 
-from pipeline.cluster import arrive, forward_warnings
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import RunError
 from pipeline.inference import networks
@@ -22,6 +21,7 @@ from pipeline.inference.attempts import MAX_DEATHS
 from pipeline.inference.commit import Receipt
 from pipeline.inference.run import Model, Run
 from pipeline.inference.turns import Room
+from pipeline.witness import arrive, forward_warnings
 
 if TYPE_CHECKING:
     from pipeline.data.gpu_loader import GpuDecoder  # torch's import, which the driver does without

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.models.preact import PREACT_IMAGENET_STAGES, cifar_preact_resnet, preact_resnet
 from pipeline.models.resnet import IMAGENET_STAGES, cifar_resnet, resnet
 
@@ -103,10 +103,9 @@ def refuse_size(network: nn.Module, height: int, width: int, device: torch.devic
         with torch.no_grad():
             network.forward(torch.zeros(2, 3, height, width, device=device))  # a call would compile what compiles
     except Exception as error:  # each network has its own
-        first_line = str(error).partition("\n")[0]
         raise ConfigError(
             f"expected a network that takes images of {height} by {width} pixels, got {type(error).__name__}: "
-            f"{first_line}; {remedy}"
+            f"{first_line(error)}; {remedy}"
         ) from error
 
 

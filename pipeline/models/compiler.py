@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from pipeline import storage
 from pipeline.data.transforms import Preprocessing
-from pipeline.errors import AccessDeniedError, BundleError, NotKeptError, ObjectNotFoundError, StorageError
+from pipeline.errors import AccessDeniedError, BundleError, NotKeptError, ObjectNotFoundError, StorageError, first_line
 from pipeline.models import int8
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.models.catalog import Network
@@ -207,7 +207,7 @@ def _compile(bundle_uri: str, target: Target, samples: Callable[[], Tensor] | No
         raise
     except Exception as error:  # compilers raise nearly everything
         logger.warning("%s does not compile", bundle_uri, exc_info=True)
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise BundleError(f"{bundle_uri} does not compile here: {type(error).__name__}: {said}") from error
     digest = hashlib.sha256(package).hexdigest()
     seconds = round(time.monotonic() - start, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import BundleError, ObjectNotFoundError
+from pipeline.errors import BundleError, ObjectNotFoundError, first_line
 from pipeline.models.catalog import Network
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel and DDP, torch.compile, Lightning and its like
@@ -45,10 +45,9 @@ def read_weights(uri: str, key: str | None = None) -> dict[str, Tensor]:
     try:
         content = _read_safetensors(data) if is_safetensors else _read_checkpoint(data)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        first_line = str(error).partition("\n")[0]
         raise BundleError(
             f"{uri}: expected a PyTorch checkpoint of tensors and plain containers, or safetensors; got "
-            f"{type(error).__name__}: {first_line}; save the model's state_dict() alone and try that"
+            f"{type(error).__name__}: {first_line(error)}; save the model's state_dict() alone and try that"
         ) from error
     return _state_dict_in(content, key, uri)
 

@@ -19,6 +19,7 @@ from pipeline.errors import (
     ObjectNotFoundError,
     PipelineError,
     StorageError,
+    first_line,
 )
 
 OBSTORE_ALONE = ("gs", "az")  # fsspec's own for these tell etags that differ from those that obstore reads under
@@ -166,5 +167,4 @@ def translated(uri: str) -> Iterator[None]:
             f"be listed with, got another ({reason}); rename that object, or name the others in a table of URIs"
         ) from error
     except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise StorageError(f"{uri!r}: {type(error).__name__}: {first_line}") from error
+        raise StorageError(f"{uri!r}: {type(error).__name__}: {first_line(error)}") from error

@@ -2,8 +2,8 @@
 
 from typing import Any, TypeAlias
 
-from pipeline.cluster import Witness
 from pipeline.errors import PipelineError
+from pipeline.witness import Witness
 
 Status: TypeAlias = dict[str, Any]
 

@@ -19,7 +19,7 @@ from typing import Any, Self, TypeAlias
 import torch
 
 from pipeline import storage
-from pipeline.errors import RunError, StorageError
+from pipeline.errors import RunError, StorageError, first_line
 from pipeline.training.config import CheckpointConfig
 
 State: TypeAlias = dict[str, Any]
@@ -126,8 +126,7 @@ def read(run_uri: str, step: int) -> State:
         data.seek(0)
         state: State = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged bytes do to a parser
-        first_line = str(error).partition("\n")[0]
-        raise RunError(f"expected a checkpoint at {uri!r}, found a damaged one: {first_line}") from error
+        raise RunError(f"expected a checkpoint at {uri!r}, found a damaged one: {first_line(error)}") from error
     return state
 
 

@@ -25,7 +25,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipeline.cluster import Node, arrive, heard, in_words, start_here
+from pipeline.cluster import Node, in_words, nodes_in_words, num_fitting, start_here
 from pipeline.data.training_set import TrainingSet
 from pipeline.errors import AccessDeniedError, ConfigError, PipelineError, RunError, StorageError
 from pipeline.training.bulletin import Bulletin, Status
@@ -33,6 +33,7 @@ from pipeline.training.config import TrainComputeConfig
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingRun
 from pipeline.training.worker import Notice, Worker
+from pipeline.witness import arrive, heard
 
 _POLL_S = 0.5
 _END_WITHIN_S = 30.0
@@ -84,13 +85,12 @@ def choose_workers(
         limit = "" if num_lanes is None else f", and at most data.num_lanes ({num_lanes})"
         raise ConfigError(f"compute.num_workers: expected at least 1{limit}, got {asked}")
     cpus = cpus_per_worker or _fair_share(nodes, most, use_gpu)
-    fitting = sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
+    fitting = num_fitting(nodes, cpus, use_gpu=use_gpu)
     workers = Workers(fewest, most, cpus, use_gpu)
     if fitting < fewest:
-        there = ", ".join(f"{node.cpus} CPUs + {node.gpus} GPUs" for node in nodes)
         raise ConfigError(
             f"compute.num_workers: {fewest} workers of {workers.each} each do not fit this cluster, {fitting} do "
-            f"(nodes: {there}); lower it or compute.cpus_per_worker, or add nodes"
+            f"(nodes: {nodes_in_words(nodes)}); lower it or compute.cpus_per_worker, or add nodes"
         )
     if num_lanes is not None:
         _warn_of_idleness(most, num_lanes)
