@@ -49,7 +49,6 @@ class Spool:
     """The images of a manifest to be, on disk, in order; labels as text."""
 
     path: Path
-    num_images: int
     labels: Counter[str]
     skipped: Counter[str]
 
@@ -87,7 +86,7 @@ def spool(
             stream.write_batch(batch)
             num_images += len(batch)
             on_progress(num_images)
-    result = Spool(path, num_images, labels, source.skipped + skipped)
+    result = Spool(path, labels, source.skipped + skipped)
     if not num_images:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(result.skipped.items()))
         raise ManifestError(f"expected images at {source.describe()}, found none (skipped: {reasons or 'nothing'})")

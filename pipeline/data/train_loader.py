@@ -57,8 +57,7 @@ class TrainBatch:
 class TrainLoader:
     """Reads a worker's batches of any steps of a run.
 
-    `num_threads` decode; `size_at` gives the side of the crop at a step; `errors` collects the images that failed, by
-    uri.
+    `num_threads` decode; `errors` collects the images that failed, by uri.
     """
 
     images: TrainingSet
@@ -92,6 +91,7 @@ class TrainLoader:
     ) -> Iterator[TrainBatch]:
         """This rank's part of each of these steps of a run; what comes next is read across the ends of epochs.
 
+        `size_at` gives the side of the crop at a step, in pixels.
         Nothing is raised for an image, StorageError for a store that fails: its images would be missing.
         """
         parts = self.parts(steps, rank, world_size)
