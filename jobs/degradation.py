@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from jobs import run_job
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 Kind = Literal["plain", "residual"]
 
 _ARCHITECTURES: dict[Kind, str] = {"plain": "cifar_plain", "residual": "cifar_resnet"}
-_NUM_TRAINING_POINTS = 40  # of a curve, each over an equal part of the training: single steps are noisy
 
 
 class DegradationConfig(TrainConfig):
@@ -102,28 +100,6 @@ def main(config: DegradationConfig) -> dict[str, Any]:
         return summary
     storage.write(storage.join(uri, "summary.json"), _to_json({**summary, "duration_s": recorded.get("duration_s")}))
     return {**summary, "status": "was done"}
-
-
-def make_curve(net: Net, history: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> "Curve":
-    """The errors of a net over its steps, from what its checkpoint holds.
-
-    Training error is the mean over a 40th of the training, as it was met, on augmented images; the test error is that
-    of each evaluation.
-    """
-    from pipeline.report.degradation import Curve
-
-    looks = np.array([entry["step"] for entry in history], np.float64)
-    num_steps = np.diff(looks, prepend=0)
-    part = np.ceil(looks * _NUM_TRAINING_POINTS / net.run.num_steps)
-    parts, first = np.unique(part, return_index=True)
-    errors = np.array([1 - entry["top1"] for entry in history])
-    means = np.add.reduceat(num_steps * errors, first) / np.add.reduceat(num_steps, first)
-    ends = looks[np.searchsorted(part, parts, side="right") - 1]
-    train = dict(zip(ends.tolist(), means.tolist(), strict=True))
-    test = {float(entry["step"]): 1 - entry["top1"] for entry in evaluations}
-    steps = sorted(train.keys() | test.keys())
-    train_error, test_error = (np.array([found.get(step, np.nan) for step in steps]) for found in (train, test))
-    return Curve(net.depth, net.kind == "residual", np.array(steps), train_error, test_error)
 
 
 def num_at_once(nodes: Sequence[Node], workers: "Workers") -> int:
@@ -290,14 +266,15 @@ def _draw(run_id: str, uri: str, nets: Sequence[Net]) -> dict[str, Any]:
     curves = {net.name: _conclude(net) for net in nets}
     drawn = list(curves.values())
     storage.write(storage.join(uri, "degradation.svg"), to_svg(draw_degradation(drawn)))
-    storage.write(storage.join(uri, "degradation.json"), _to_json({name: _points(curves[name]) for name in curves}))
+    columns = {name: curve.columns() for name, curve in curves.items()}
+    storage.write(storage.join(uri, "degradation.json"), _to_json(columns))
     storage.write(storage.join(uri, "table.md"), build_table(drawn).encode())
     return {
         "status": "done",
         "run_id": run_id,
         "figure": storage.join(uri, "degradation.svg"),
         "table": storage.join(uri, "table.md"),
-        "errors": {name: _last_errors(curve) for name, curve in curves.items()},
+        "errors": {name: curve.last_errors() for name, curve in curves.items()},
         "runs": {net.name: net.run.uri for net in nets},
         "num_steps": nets[0].run.num_steps,
         "num_images": nets[0].run.num_images,
@@ -307,25 +284,13 @@ def _draw(run_id: str, uri: str, nets: Sequence[Net]) -> dict[str, Any]:
 
 def _conclude(net: Net) -> "Curve":
     """Publish a net, write its records; its curve."""
+    from pipeline.report.degradation import Curve
     from pipeline.training.result import publish, write_records
 
     _, _, last = publish(net.run)
     write_records(net.run, last, {"device": net.run.device, "network": net.run.architecture.name})
-    return make_curve(net, last["history"], last["evaluations"])
-
-
-def _last_errors(curve: "Curve") -> dict[str, float]:
-    """A finished training's end has both errors."""
-    return {"training": round(float(curve.train_error[-1]), 4), "test": round(float(curve.test_error[-1]), 4)}
-
-
-def _points(curve: "Curve") -> dict[str, list[float | None]]:
-    """The curve's columns; null where nothing was measured."""
-    columns = {"step": curve.steps, "training_error": curve.train_error, "test_error": curve.test_error}
-    return {
-        name: [None if np.isnan(value) else round(float(value), 6) for value in values]
-        for name, values in columns.items()
-    }
+    is_residual, num_steps = net.kind == "residual", net.run.num_steps
+    return Curve.of(net.depth, is_residual, last["history"], last["evaluations"], num_steps)
 
 
 def _to_json(value: Any) -> bytes:

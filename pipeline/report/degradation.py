@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.report.charts import COLOURS, Floats, style_axes, thin
 
 _SIZE = (10.5, 4.2)
 _MOST_POINTS = 250
+_NUM_TRAINING_POINTS = 40  # of a curve, each over an equal part of the training: single steps are noisy
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,45 @@ class Curve:
     steps: Floats
     train_error: Floats
     test_error: Floats
+
+    @classmethod
+    def of(
+        cls,
+        depth: int,
+        is_residual: bool,
+        history: Sequence[dict[str, Any]],
+        evaluations: Sequence[dict[str, Any]],
+        num_steps: int,
+    ) -> "Curve":
+        """The curve of a net from what its checkpoint holds of a training of `num_steps`.
+
+        Training error is the mean over a 40th of the training, as it was met, on augmented images; the test error is
+        that of each evaluation.
+        """
+        looks = np.array([entry["step"] for entry in history], np.float64)
+        weights = np.diff(looks, prepend=0)
+        part = np.ceil(looks * _NUM_TRAINING_POINTS / num_steps)
+        parts, first = np.unique(part, return_index=True)
+        errors = np.array([1 - entry["top1"] for entry in history])
+        means = np.add.reduceat(weights * errors, first) / np.add.reduceat(weights, first)
+        ends = looks[np.searchsorted(part, parts, side="right") - 1]
+        train = dict(zip(ends.tolist(), means.tolist(), strict=True))
+        test = {float(entry["step"]): 1 - entry["top1"] for entry in evaluations}
+        steps = sorted(train.keys() | test.keys())
+        train_error, test_error = (np.array([found.get(step, np.nan) for step in steps]) for found in (train, test))
+        return cls(depth, is_residual, np.array(steps), train_error, test_error)
+
+    def last_errors(self) -> dict[str, float]:
+        """Those of the last step, by `training` and `test`; a finished training's end has both."""
+        return {"training": round(float(self.train_error[-1]), 4), "test": round(float(self.test_error[-1]), 4)}
+
+    def columns(self) -> dict[str, list[float | None]]:
+        """Steps and errors as JSON takes them; None where nothing was measured."""
+        columns = {"step": self.steps, "training_error": self.train_error, "test_error": self.test_error}
+        return {
+            name: [None if np.isnan(value) else round(float(value), 6) for value in values]
+            for name, values in columns.items()
+        }
 
 
 def draw_degradation(curves: Sequence[Curve], *, most_error: float | None = None) -> Figure:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
 import jobs.degradation
-from jobs.degradation import DegradationConfig, Net, Told, _make_net, main, make_curve, num_at_once, train_together
+from jobs.degradation import DegradationConfig, Net, Told, _make_net, main, num_at_once, train_together
 from pipeline import storage
 from pipeline.cluster import Node
 from pipeline.config import ClusterConfig
@@ -37,10 +36,6 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def look(step: int, top1: float) -> dict[str, Any]:
-    return {"step": step, "top1": top1}
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -54,16 +49,6 @@ def look(step: int, top1: float) -> dict[str, Any]:
 def test_nets_that_cannot_be_compared_are_refused(root, fields, message):
     with pytest.raises(ValidationError, match=message):
         DegradationConfig(**{**train_config(root).model_dump(), **fields})
-
-
-def test_training_error_is_the_mean_over_a_fortieth_and_the_test_error_that_of_an_evaluation(root):
-    net = Net("residual", 14, make_run(train_config(root, epochs=None, steps=400)))
-    history = [look(4, 0.1), look(10, 0.2), look(20, 0.5), look(400, 1.0)]
-    curve = make_curve(net, history, [look(15, 0.25), look(400, 0.75)])
-    assert (curve.depth, curve.is_residual) == (14, True)
-    assert curve.steps.tolist() == [10, 15, 20, 400]
-    np.testing.assert_allclose(curve.train_error, [1 - (4 * 0.1 + 6 * 0.2) / 10, np.nan, 0.5, 0])
-    np.testing.assert_allclose(curve.test_error, [np.nan, 0.75, np.nan, 0.25])
 
 
 @pytest.mark.parametrize(

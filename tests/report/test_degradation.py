@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -50,6 +51,21 @@ def test_errors_are_drawn_in_percent_where_they_were_measured():
     assert test.get_ydata()[-1] == pytest.approx(9)
     assert len(test.get_ydata()) < len(train.get_ydata()) == 100
     assert np.isfinite(test.get_ydata()).all()
+
+
+def look(step: int, top1: float) -> dict[str, Any]:
+    return {"step": step, "top1": top1}
+
+
+def test_training_error_is_the_mean_over_a_fortieth_and_the_test_error_that_of_an_evaluation():
+    history = [look(4, 0.1), look(10, 0.2), look(20, 0.5), look(400, 1.0)]
+    drawn = Curve.of(14, True, history, [look(15, 0.25), look(400, 0.75)], num_steps=400)
+    assert (drawn.depth, drawn.is_residual) == (14, True)
+    assert drawn.steps.tolist() == [10, 15, 20, 400]
+    np.testing.assert_allclose(drawn.train_error, [1 - (4 * 0.1 + 6 * 0.2) / 10, np.nan, 0.5, 0])
+    np.testing.assert_allclose(drawn.test_error, [np.nan, 0.75, np.nan, 0.25])
+    assert drawn.last_errors() == {"training": 0, "test": 0.25}
+    assert drawn.columns()["test_error"] == [None, 0.75, None, 0.25]
 
 
 def test_a_single_evaluation_is_a_point_for_a_line_needs_two():
