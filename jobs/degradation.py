@@ -133,7 +133,10 @@ def _make_net(config: DegradationConfig, kind: Kind, depth: int) -> Net:
 
 
 def _all_trained(nets: Sequence[Net]) -> list[Net] | None:
-    """The nets, each on the device that it was trained on, where none is left to train; else None. Needs no cluster."""
+    """The nets, each on the device that it was trained on, where none is left to train; else None. Needs no cluster.
+
+    Raises RunError where one would be trained again unasked.
+    """
     from pipeline.training import checkpoint
     from pipeline.training.result import is_finished
 
@@ -143,10 +146,9 @@ def _all_trained(nets: Sequence[Net]) -> list[Net] | None:
         last = None if run is None else checkpoint.read_last(run.uri)
         if run is not None and last is None:
             _refuse_to_train_again(run)
-        if run is None or not is_finished(last, run):
-            return None
-        trained.append(replace(net, run=run))
-    return trained
+        if run is not None and is_finished(last, run):
+            trained.append(replace(net, run=run))
+    return trained if len(trained) == len(nets) else None
 
 
 def _refuse_to_train_again(run: TrainingRun) -> None:

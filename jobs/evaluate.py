@@ -88,15 +88,11 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     refuse_scales(bundle, config.protocol)
     output = None if config.output is None else storage.normalise(config.output)
     if output is not None:  # the first file of it, so that a place that takes none is found before the work
-        for name in (
-            "evaluation.json",
-            "errors.parquet",
-            "report.html",
-        ):  # an earlier evaluation's are of another config
-            storage.delete(storage.join(output, name))
         storage.write(storage.join(output, "config.yaml"), config.to_yaml().encode())
     with connected_ray(config.cluster) as nodes:
         device = choose_device(nodes, config.compute.device)
+        if output is not None:
+            _clear(output)
         outcome, precision, num_workers = _judge(config, manifest, bundle_uri, bundle, nodes, device)
     verdict = Verdict(bundle, bundle_uri, manifest, config.protocol, precision, outcome)
     duration_s = round(time.monotonic() - start, 1)
@@ -110,6 +106,13 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
             told = {**error.details, **summary}
             raise type(error)(f"{error}; this summary has the figures that were found", **told) from error
     return {"status": "done", **summary}
+
+
+def _clear(output: str) -> None:
+    """An earlier evaluation's findings are of another config."""
+    for name in ("evaluation.json", "errors.parquet", "report.html"):
+        if storage.exists(uri := storage.join(output, name)):
+            storage.delete(uri)
 
 
 def _judge(

@@ -15,7 +15,7 @@ from pipeline.config import JobConfig
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ConfigError, ObjectNotFoundError
 from pipeline.models import pretrained
-from pipeline.models.bundle import Architecture, Metric, Name, fill, pack
+from pipeline.models.bundle import Architecture, AskedArchitecture, Metric, Name, fill, pack
 from pipeline.models.registry import publish, set_alias
 
 
@@ -30,7 +30,7 @@ class ImportConfig(JobConfig):
     rename: dict[str, str] = Field(default_factory=dict)
     """Names of modules or parameters in the checkpoint, old to new; prefixes of wrappers and a final linear layer
     under another name are found without"""
-    architecture: Architecture | None = None
+    architecture: AskedArchitecture | None = None
     """Network of the catalog and arguments of its constructor"""
     classes: list[str] | None = None
     """Class names in the order of the logits"""

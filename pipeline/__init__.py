@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # OpenMP's threads spin at every barrier by default: on cores shared with decoding threads or neighbours that is ten
 # times slower than sleeping. Read when torch is first imported, hence here.

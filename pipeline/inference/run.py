@@ -103,7 +103,8 @@ class Run(BaseModel):
 
 
 def resolve_inputs(config: PredictConfig) -> tuple[Manifest, tuple[Model, ...]]:
-    """The manifest and the bundles a config names, read and checked; where its run has begun, what they named then.
+    """The manifest and the bundles a config names, read and checked; where the run that it names has begun with the
+    same names of bundles, what these led to then.
 
     Raises ConfigError, ManifestError, BundleError.
     """

@@ -9,15 +9,14 @@ A bundle never changes: both objects are written put-if-absent. Reading `model.j
 import hashlib
 import json
 import platform
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, StringConstraints, ValidationError, field_validator
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError, field_validator
 
 from pipeline import __version__, storage
 from pipeline.config import Section, describe
@@ -51,14 +50,23 @@ class Architecture(Section):
             raise ValueError("expected no num_classes among the arguments: it is the number of `classes`; leave it out")
         return arguments
 
-    @field_validator("arguments")
-    @classmethod
-    def _of_their_types(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        """`name=false` on a command line is text, which is true."""
-        for name, value in arguments.items():
-            if isinstance(value, str) and re.fullmatch(r"true|false|null|[-+]?[\d.]+(e[-+]?\d+)?", value):
-                raise ValueError(f'expected {name} as JSON, {{"{name}": {value}}}, got the text {value!r}')
-        return arguments
+
+def _refuse_text(asked: Architecture) -> Architecture:
+    for name, value in asked.arguments.items():
+        if isinstance(value, str) and _is_json(value.lower()):  # True is meant so too
+            raise ValueError(f'expected arguments as JSON, {{"{name}": {value.lower()}}}, got the text {value!r}')
+    return asked
+
+
+def _is_json(text: str) -> bool:
+    with suppress(ValueError):
+        json.loads(text)
+        return True
+    return False
+
+
+AskedArchitecture: TypeAlias = Annotated[Architecture, AfterValidator(_refuse_text)]
+"""As a config asks for it: what a command line makes text of (`name=false`, which is true) is refused."""
 
 
 class Metric(Section):

@@ -94,15 +94,20 @@ def _compile_and_keep(bundle_uri: str, target: Target, samples: Callable[[], Ten
 
 
 def measure_anew(bundle_uri: str, record: Record, samples: Callable[[], Tensor]) -> Record:
-    """The record with the agreement on `samples`, kept in place of that on drawn pictures.
+    """The record with the agreement on `samples`, kept in place of that on drawn pictures where the registry allows it.
 
     Raises BundleError where the network cannot be loaded, StorageError.
     """
+    if record.target.device == "cuda":
+        compute_repeatably()
     bundle, pixels = Bundle.load(bundle_uri), samples()
     program = load(bundle_uri, record)
     agreement = measure_agreement(load_network(bundle_uri), bundle.preprocessing, program, record.target, pixels)
     measured = record.model_copy(update={"agreement": agreement, "is_drawn": False})
-    storage.write(record_uri(bundle_uri, record.target), measured.model_dump_json(indent=1).encode())
+    try:
+        storage.write(record_uri(bundle_uri, record.target), measured.model_dump_json(indent=1).encode())
+    except AccessDeniedError as error:
+        logger.warning("the agreement on real images cannot be kept, that on drawn ones stays: %s", error)
     return measured
 
 

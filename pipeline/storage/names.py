@@ -42,9 +42,16 @@ def is_under(uri: str, root: str) -> bool:
     `..` segments in a `file` URI are resolved first, as the system would, so that they cannot climb out of the root:
     after a link to a folder they lead to where that lies.
     """
-    if uri.startswith("file://"):
-        resolve = os.path.realpath if "/../" in uri else os.path.normpath
-        uri = "file://" + resolve(uri.removeprefix("file://"))
-        if resolve is os.path.realpath and root != "file://":
-            root = "file://" + resolve(root.removeprefix("file://"))
+    if root.endswith("://"):
+        return uri.startswith(root)
+    if uri.startswith("file://") and root.startswith("file://"):
+        resolve = _real if "/../" in uri else os.path.normpath
+        uri, root = (f"file://{resolve(each.removeprefix('file://'))}" for each in (uri, root))
     return uri == root or uri.startswith(root if root.endswith("/") else root + "/")
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a name that no file has
+        return os.path.normpath(path)

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import ClusterConfig, JobConfig, Section
 from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
-from pipeline.models.bundle import Architecture, Name
+from pipeline.models.bundle import AskedArchitecture, Name
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -270,7 +270,7 @@ class TrainConfig(JobConfig):
     """Alias to point at it, such as production."""
     export: list[Literal["torch_export", "onnx"]] = Field([])
     """Formats that the published network is also written in, below the bundle, each checked to give its answers."""
-    architecture: Architecture | None = None
+    architecture: AskedArchitecture | None = None
     """Network of the catalog and arguments of its constructor; unset: that of `start.bundle`."""
     epochs: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Length of the training in passes over the images; this or `steps`."""

@@ -149,6 +149,15 @@ class Counted(io.BytesIO):
         return data
 
 
+def test_pages_that_would_be_too_large_for_parquet_hold_an_image_each(monkeypatch):
+    table = pack([b"x" * 300_000] * 20).table
+    by_eight = encode(table)
+    monkeypatch.setattr("pipeline.data.pack._MOST_PAGE_BYTES", 8 * 300_000)
+    alone = encode(table)
+    assert len(alone) > len(by_eight)  # by the headers of more pages
+    assert pq.read_table(io.BytesIO(alone)).equals(table)
+
+
 def test_the_first_images_of_a_large_shard_are_there_when_a_tenth_of_it_is_read():
     num_images, num_bytes = 300, 100_000
     contents = [bytes([index % 256]) * num_bytes for index in range(num_images)]

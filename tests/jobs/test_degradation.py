@@ -130,9 +130,9 @@ def test_nets_that_are_all_trained_are_drawn_without_a_cluster_wherever_they_wer
     summary_path.write_text("{")
     assert main(config)["status"] == "done"
     assert json.loads(summary_path.read_text())["status"] == "done"
-    storage.delete_folder(f"file://{tmp_path}/runs/first-plain-8/checkpoints")
-    with pytest.raises(RunError, match=r"checkpoints of 'first-plain-8', which was published as .*-plain-8/1"):
-        main(config)
+    storage.delete_folder(f"file://{tmp_path}/runs/first-residual-8/checkpoints")
+    with pytest.raises(RunError, match=r"checkpoints of 'first-residual-8', which was published as .*-residual-8/1"):
+        main(config.model_copy(update={"depths": [14, 8]}))
     with pytest.raises(ConfigError, match="seed"):
         main(config.model_copy(update={"seed": 7}))
     with pytest.raises(ConfigError, match="'first-plain-8' is there already"):

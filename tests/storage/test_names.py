@@ -34,3 +34,5 @@ def test_links_do_not_lead_out_of_a_root_by_way_of_their_parents(tmp_path: Path)
     assert storage.is_under(f"{root}/set/a.jpg", root)  # as it is listed
     assert storage.is_under(f"{root}/other/../a.jpg", root)
     assert storage.is_under(f"file://{tmp_path}/linked/other/../a.jpg", f"file://{tmp_path}/linked")
+    assert storage.is_under(f"{root}/other/../\0.jpg", root)  # which no file is named, as whoever reads it will tell
+    assert not storage.is_under("file:///other/../data/a.jpg", "s3://data")
