@@ -1,4 +1,4 @@
-"""Prove a run from its files alone: every image in exactly one of predictions and errors, every byte as committed.
+"""Prove a run from its files alone: every image with its results or in errors, and not both; every byte as committed.
 
 python -m jobs.verify --output URI --run_id ID
 """
@@ -18,7 +18,7 @@ _MOST_FAULTS_TOLD = 20
 
 
 class VerifyConfig(JobConfig):
-    """Prove a run from its files alone: every image in one of predictions and errors, every byte as committed."""
+    """Prove a run from its files alone: every image with its results or in errors, every byte as committed."""
 
     output: str
     """URI that the run was written to."""

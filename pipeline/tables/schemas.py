@@ -4,7 +4,7 @@
     embeddings    one row per image and model, in the order of `predictions`
     errors        one row per image that could not be classified
 
-Every image of the manifest is in exactly one of `predictions` and `errors`; rows stand in manifest order.
+Every image of the manifest is in those of the first two that a run writes, or in `errors`; rows in manifest order.
 """
 
 from typing import Literal, get_args
