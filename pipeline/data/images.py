@@ -88,7 +88,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, shrink_to: int | None) -> torch.T
     header = read_jpeg_header(data)
     _check_size(header.width, header.height, max_pixels)
     if not _is_plain(header, shrink_to):
-        return _decode_with_pillow(data, max_pixels, shrink_to)
+        return _decode_with_pillow(data, max_pixels, shrink_to, header.orientation)
     return upright(_torchvision_decode_jpeg(as_tensor(data), RGB), header.orientation)
 
 
@@ -107,14 +107,17 @@ with warnings.catch_warnings():  # torch says once in a process that bytes must 
     as_tensor(b"\0")
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int, shrink_to: int | None = None) -> torch.Tensor:
+def _decode_with_pillow(
+    data: bytes, max_pixels: int, shrink_to: int | None = None, orientation: int | None = None
+) -> torch.Tensor:
+    """As `decode`; a JPEG's `orientation` is given, for Pillow would take XMP's where EXIF has none."""
     try:
         with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
             _check_size(image.width, image.height, max_pixels)
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))  # the smallest of libjpeg's sizes with no side below that
             pixels = torch.from_numpy(_to_rgb(image)).permute(2, 0, 1)
-            return upright(pixels, _orientation(image))
+            return upright(pixels, _orientation(image) if orientation is None else orientation)
     except Image.DecompressionBombError as error:
         raise _refusal("too_many_pixels", f"{error}") from error
     except UnidentifiedImageError as error:

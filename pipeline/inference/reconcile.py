@@ -109,8 +109,9 @@ def find_faults(run: Run) -> Iterator[str]:
     """Everything wrong with a run, from its files alone, a sentence each; nothing where it is proven whole.
 
     Checks every shard for a commit, every committed file for its digest, every image of the manifest for exactly one
-    place, in the tables asked for or in `errors`, embeddings against predictions, and the run's folders for stray files.
-    Memory is that of a few shards and a number for each. Raises ManifestError, StorageError where it cannot look.
+    place, in the tables asked for or in `errors`, embeddings against predictions, and the run's folders for stray
+    files. Memory is that of a few shards and a number for each. Raises ManifestError and StorageError where it cannot
+    look.
     """
     manifest = Manifest.open(run.manifest_uri)
     if manifest.digest != run.manifest_digest:

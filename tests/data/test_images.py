@@ -134,6 +134,14 @@ def test_a_rotated_jpeg_comes_out_upright(orientation: int, order: str) -> None:
         assert image.shape == ((3, 48, 33) if orientation >= 5 else (3, 33, 48))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_jpegs_xmp_turns_no_decoders_image(mode: str) -> None:
+    tags = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(picture().convert(mode), "JPEG", xmp=tags)
+    assert decode(data, max_pixels=MAX_PIXELS).shape == (3, 33, 48)
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6  # by which Pillow would turn it
+
+
 @pytest.mark.parametrize("block", [b"", b"MM", b"II*\0\xff\xff\xff\xff", exif(99)[6:], exif(6)[6:20]])
 def test_broken_exif_leaves_the_pixels_as_they_are(block: bytes) -> None:
     data = encoded(picture(), "JPEG", exif=b"Exif\0\0" + block)
