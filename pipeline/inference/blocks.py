@@ -31,8 +31,9 @@ Row: TypeAlias = dict[str, npt.NDArray[np.generic]]
 class DecodedShard:
     """A shard that CPUs have decoded.
 
-    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×H×W×3 per preprocessing,
-    or nothing where that is too many bytes for tasks to hold, and the actor is to fetch and decode them.
+    `rows` int64 N are the positions of the images that decoded; `pixels` holds a uint8 array N×H×W×3 per preprocessing.
+    It is not whole where that would be too many bytes for tasks to hold, and the actor is to fetch and decode them; the
+    arrays are there and empty then, for one block of Ray's may have rows of either kind.
     """
 
     shard: Shard
@@ -40,18 +41,18 @@ class DecodedShard:
     rows: npt.NDArray[np.int64]
     pixels: list[npt.NDArray[np.uint8]]
     log: LoadLog
+    is_whole: bool = True
 
     @classmethod
     def gather(
         cls, shard: Shard, attempt: int, batches: Iterable[Batch], preprocessings: Sequence[Preprocessing], log: LoadLog
     ) -> "DecodedShard":
         """Of the shard's images as one batch; of none where none decoded. What is too much is not begun."""
-        if shard.num_images * sum(3 * each.crop_size**2 for each in preprocessings) > _MOST_PIXELS:
-            return cls(shard, attempt, np.empty(0, np.int64), [], log)
-        gathered = list(batches)
+        is_whole = shard.num_images * sum(3 * each.crop_size**2 for each in preprocessings) <= _MOST_PIXELS
+        gathered = list(batches) if is_whole else []
         if not gathered:
             empty = [np.empty((0, size, size, 3), np.uint8) for size in (each.crop_size for each in preprocessings)]
-            return cls(shard, attempt, np.empty(0, np.int64), empty, log)
+            return cls(shard, attempt, np.empty(0, np.int64), empty, log, is_whole)
         [batch] = gathered
         pixels = [block.permute(0, 2, 3, 1).numpy() for block in batch.pixels]
         return cls(shard, attempt, np.array(batch.rows, np.int64), pixels, log)
@@ -67,7 +68,7 @@ class DecodedShard:
         """As a Ray Data batch of one row."""
         columns = {f"pixels_{index}": pixels[None] for index, pixels in enumerate(self.pixels)}
         errors = {row: [error.stage, error.error, error.message] for row, error in self.log.errors.items()}
-        head = {**_facts(self.shard, self.attempt, self.log), "errors": errors}
+        head = {**_facts(self.shard, self.attempt, self.log), "errors": errors, "is_whole": self.is_whole}
         return {"head": _text(head), "rows": self.rows[None], **columns}
 
     @classmethod
@@ -77,7 +78,7 @@ class DecodedShard:
         shard, attempt, log = _of_facts(head)
         log.errors.update({int(row): ImageError(*error) for row, error in head["errors"].items()})
         pixels = [np.asarray(row[f"pixels_{index}"][0], np.uint8) for index in range(len(row) - 2)]
-        return cls(shard, attempt, np.asarray(row["rows"][0], np.int64), pixels, log)
+        return cls(shard, attempt, np.asarray(row["rows"][0], np.int64), pixels, log, head["is_whole"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,11 +205,11 @@ def compile_first(plan: Plan, layout: Layout, attempts: Any) -> None:
 def shard_dataset(shards: Sequence[Shard]) -> ray.data.Dataset:
     """A dataset of one row for each shard, as `workers.shards_of` reads them. A task takes one, of very many several.
 
-    Needs a connected Ray, for whose CPUs and GPUs there are tasks enough.
+    Needs a connected Ray, for whose CPUs and GPUs there are tasks enough; an autoscaler is asked for no others.
     """
-    _configure_ray_data()
     rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
     there_is, num_images = ray.cluster_resources(), sum(shard.num_images for shard in shards)
+    _configure_ray_data(there_is)
     num_processors = round(max(there_is.get("CPU", 1), there_is.get("GPU", 1)))
     most_tasks = max(_ENOUGH_TASKS, _TASKS_PER_PROCESSOR * num_processors, num_images // _IMAGES_PER_TASK)
     return ray.data.from_items(rows, override_num_blocks=min(len(rows), most_tasks))
@@ -256,8 +256,10 @@ def start_attempts() -> Any:
     return start_here(ShardAttempts, max_restarts=-1, max_task_retries=-1)
 
 
-def _configure_ray_data() -> None:
+def _configure_ray_data(there_is: Mapping[str, float]) -> None:
     context = ray.data.DataContext.get_current()
+    limits = ray.data.ExecutionResources.for_limits(cpu=there_is.get("CPU", 0), gpu=there_is.get("GPU", 0))
+    context.execution_options.resource_limits = limits  # else it would have a busy cluster grow without end
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a large shard on a slow actor may take longer than any limit

@@ -14,6 +14,7 @@ Form: TypeAlias = Literal["fused", "split"]
 STAGES: tuple[Stage, ...] = ("fetch", "decode", "predict", "write")
 
 _MOST_CPUS_PER_ACTOR = 4  # a forward pass scales little beyond
+_PARTS_OF_A_GPU = 10_000  # Ray rounds to these: six times a sixth would be more than the whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def _on_gpus(nodes: Sequence[Node], compute: ComputeConfig, num_shards: int) -> 
         "cuda",
         num_actors,
         places.cpus_per_actor,
-        gpus_per_actor=1 / sharers,
+        gpus_per_actor=math.floor(_PARTS_OF_A_GPU / sharers) / _PARTS_OF_A_GPU,
         decode=decode,
         num_gpus=places.gpus_taken_by(num_actors),
     )

@@ -118,7 +118,7 @@ class PredictDecoded(_Predicting):
         decoded = DecodedShard.from_row(rows)
         shard, log = decoded.shard, decoded.log
         with attempting(self._attempts, "predict", shard) as attempt:
-            if decoded.pixels:
+            if decoded.is_whole:
                 batches = decoded.batches(self._run.batch_size, pin_memory=self._predictor.uses_pinned_memory)
             else:
                 _say_that_shards_are_too_large()

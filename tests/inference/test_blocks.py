@@ -67,9 +67,11 @@ def test_pixels_of_more_than_tasks_may_hold_are_not_even_fetched(monkeypatch):
     monkeypatch.setattr(blocks, "_MOST_PIXELS", 2 * 3 * 4 * 4)
     never_read = (pytest.fail("it was read") for _ in range(1))
     preprocessings = [Preprocessing(resize_size=4, crop_size=4)]
-    handed_over = DecodedShard.gather(shard_of(3), 2, never_read, preprocessings, LoadLog()).to_row()
-    assert (DecodedShard.from_row(handed_over).pixels, DecodedShard.from_row(handed_over).attempt) == ([], 2)
-    assert DecodedShard.gather(shard_of(2), 2, [], preprocessings, LoadLog()).pixels
+    handed_over = DecodedShard.from_row(
+        DecodedShard.gather(shard_of(3), 2, never_read, preprocessings, LoadLog()).to_row()
+    )
+    assert (handed_over.is_whole, handed_over.attempt, len(handed_over.rows)) == (False, 2, 0)
+    assert DecodedShard.gather(shard_of(2), 2, [], preprocessings, LoadLog()).is_whole
 
 
 def gather(items):

@@ -66,17 +66,21 @@ def test_fused_and_split_write_the_bytes_of_a_run_without_ray(world, local_ray):
 
 
 @pytest.mark.ray
-def test_actors_decode_the_shards_that_are_too_large_for_tasks(world, local_ray, monkeypatch):
-    def decode_nothing(rows, run, attempts):
+@pytest.mark.parametrize(("most_images", "num_tasks"), [(0, 1_000), (7, 1)])
+def test_actors_decode_the_shards_that_are_too_large_for_tasks(world, local_ray, monkeypatch, most_images, num_tasks):
+    def decode_what_is_small(rows, run, attempts):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_MOST_PIXELS", 0)
+            patch.setattr(blocks, "_MOST_PIXELS", most_images * 3 * 32 * 32)
             return decode_shard(rows, run, attempts)
 
-    run_without_ray(world, run_id="alone", tables=TABLES)
-    monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_nothing)
-    summary = run_with_ray(world, run_id="large", tables=TABLES, compute={"form": "split"})
+    run_id = f"large-{most_images}"
+    run_without_ray(world, run_id=f"{run_id}-alone", tables=TABLES)
+    monkeypatch.setattr("pipeline.inference.flow.decode_shard", decode_what_is_small)
+    monkeypatch.setattr("pipeline.inference.flow._ENOUGH_TASKS", num_tasks)
+    monkeypatch.setattr("pipeline.inference.flow._TASKS_PER_PROCESSOR", 0)
+    summary = run_with_ray(world, run_id=run_id, tables=TABLES, compute={"form": "split"})
     assert (summary["status"], summary["num_predicted"], summary["num_errors"]) == ("done", 27, 3)
-    assert files_of(world, "large") == files_of(world, "alone")
+    assert files_of(world, run_id) == files_of(world, f"{run_id}-alone")
 
 
 @pytest.mark.ray

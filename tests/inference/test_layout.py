@@ -147,6 +147,7 @@ def test_sharing_gpus_fits_the_cluster_and_leaves_none_idle(counts, actors_per_g
     size, sharers = layout.cpus_per_actor, round(1 / layout.gpus_per_actor)
     places = (min(gpus * sharers, cpus // size if size else gpus * sharers) for cpus, gpus in counts)
     assert sharers <= actors_per_gpu
+    assert sharers * round(10_000 * layout.gpus_per_actor) <= 10_000  # as Ray rounds
     assert alone.num_actors <= layout.num_actors <= sum(places)
     assert alone.num_gpus <= layout.num_gpus <= sum(gpus for _, gpus in counts)
     assert 0 < layout.gpu_share <= 1
