@@ -27,12 +27,13 @@ Loader = TrainLoader | CachedLoader
 
 
 class Feed:
-    """A worker's batches over a whole run, with caution until it is relaxed."""
+    """A worker's batches over a whole run, with caution until it is relaxed. Raises ConfigError as `batches_of`."""
 
     def __init__(self, run: TrainingRun, worker: Worker, train_set: TrainingSet, caution: Caution) -> None:
         self._run, self._worker, self._train_set = run, worker, train_set
         self.caution = caution
         self._loader = make_loader(run, worker, train_set, caution)
+        self._num_processes = _num_processes(run, worker, self._loader)  # once: later what is free is what others use
 
     @property
     def errors(self) -> dict[str, ImageError]:
@@ -45,10 +46,10 @@ class Feed:
             self.caution = Caution(known=known)
 
     def batches(self, step: int) -> Iterator[TrainBatch]:
-        """Those from a step of the run on, made ahead of the reader. Raises as `batches_of`."""
+        """Those from a step of the run on, made ahead of the reader."""
         while step < self._run.num_steps:
             caution = self.caution
-            ahead = batches_of(self._run, self._worker, self._loader, step)
+            ahead = batches_of(self._run, self._worker, self._loader, step, self._num_processes)
             with closing(storage.run_ahead(ahead, self._run.config.data.prefetch_batches)) as batches:
                 for batch in batches:
                     yield batch
@@ -88,13 +89,17 @@ def make_loader(run: TrainingRun, worker: Worker, train_set: TrainingSet, cautio
     )
 
 
-def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> Iterator[TrainBatch]:
+def batches_of(
+    run: TrainingRun, worker: Worker, loader: Loader, step: int, num_processes: int | None = None
+) -> Iterator[TrainBatch]:
     """This rank's batches from a step of the run on, epoch after epoch, to the last step.
 
+    `num_processes` decode them; unset: as many as the run asks for, or else as the worker's device and memory allow.
     Raises ConfigError where the decoding processes asked for lack the shared memory to hand them over.
     """
     steps, size_at = range(step, run.num_steps), partial(_size_at, run)
-    if isinstance(loader, CachedLoader) or (num_processes := _num_processes(run, worker, loader)) == 1:
+    num_processes = num_processes or _num_processes(run, worker, loader)
+    if isinstance(loader, CachedLoader) or num_processes == 1:
         return loader.batches(steps, rank=worker.rank, world_size=worker.world_size, size_at=size_at)
     return decoded_by_processes(
         loader,
@@ -107,7 +112,9 @@ def batches_of(run: TrainingRun, worker: Worker, loader: Loader, step: int) -> I
     )
 
 
-def _num_processes(run: TrainingRun, worker: Worker, loader: TrainLoader) -> int:
+def _num_processes(run: TrainingRun, worker: Worker, loader: Loader) -> int:
+    if isinstance(loader, CachedLoader):
+        return 1
     asked = run.config.data.decode_processes
     on_gpu = worker.device.type == "cuda"
     wanted = asked or (max(1, loader.num_threads // _THREADS_TO_A_PROCESS) if on_gpu else 1)

@@ -30,7 +30,7 @@ from pipeline.training.feed import Feed
 from pipeline.training.logbook import Logbook
 from pipeline.training.loss import Loss
 from pipeline.training.run import TrainingRun, is_passed
-from pipeline.training.worker import Notice, Worker
+from pipeline.training.worker import Notice, Worker, common_precision
 
 NUM_HARDEST = 24
 
@@ -112,7 +112,7 @@ class Trainee:
         self._run, self._worker = run, worker
         config, device = run.config, worker.device
         self.step = 0
-        self._precision = autocast_type(config.compute.precision, device)
+        self._precision = autocast_type(common_precision(worker, config.compute.precision), device)
         self._network = make_network(run).to(device).to(memory_format=torch.channels_last)
         optim.freeze(self._network, config.start)
         if config.compute.sync_batch_norm and run.device != "cuda":

@@ -42,7 +42,8 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._writer.close()
+        with _not_worth_a_training():
+            self._writer.close()
         self._upload()
         self._folder.cleanup()
         with _not_worth_a_training():
@@ -53,18 +54,19 @@ class Tracker:
         """Rank 0 looked, or the network was evaluated."""
         step = told.get("evaluated_at", told.get("step"))
         figures = {name: told[name] for name in (*_TRAINING, *_EVALUATION) if name in told}
-        for name, value in figures.items():
-            tag = name.replace("evaluation_", "evaluation/") if name in _EVALUATION else f"training/{name}"
-            self._writer.add_scalar(tag, value, step)
+        with _not_worth_a_training():
+            for name, value in figures.items():
+                tag = name.replace("evaluation_", "evaluation/") if name in _EVALUATION else f"training/{name}"
+                self._writer.add_scalar(tag, value, step)
         with _not_worth_a_training():
             if self._mlflow is not None:
                 self._mlflow.log_metrics(figures, step=step)
         if "evaluated_at" in told:
-            self._writer.flush()
             self._upload()
 
     def _upload(self) -> None:
         with _not_worth_a_training():
+            self._writer.flush()
             for path in Path(self._folder.name).iterdir():
                 storage.write(storage.join(self._uri, path.name), path.read_bytes())
 

@@ -27,7 +27,6 @@ from pipeline.models.precision import (
     FloatPrecision,
     autocast_type,
     compute_repeatably,
-    float_precision,
 )
 from pipeline.report.thumbnail import make_thumbnail
 from pipeline.report.training import HardImage, TrainingReport, render
@@ -36,7 +35,7 @@ from pipeline.tables.writing import encode
 from pipeline.training.counts import Outcome, to_entries
 from pipeline.training.evaluate import Setup, evaluate_together
 from pipeline.training.protocol import Protocol
-from pipeline.training.worker import Worker
+from pipeline.training.worker import Worker, common_precision
 
 
 def refuse_scales(bundle: Bundle, protocol: Protocol) -> None:
@@ -66,8 +65,7 @@ def judge_bundle(
     Of ranks that auto finds different precisions for, each computes in float32, as a GPU then does for `predict`.
     Raises as `evaluate`, and BundleError.
     """
-    found = set(worker.gather(float_precision(asked, worker.device)))
-    precision: FloatPrecision = found.pop() if len(found) == 1 else "float32"
+    precision = common_precision(worker, asked)
     if worker.device.type == "cuda" and precision == "float32":
         compute_repeatably()
     network = load_network(bundle_uri).to(worker.device)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.models.precision import AskedFloatPrecision, FloatPrecision, float_precision
+
 logger = logging.getLogger(__name__)
 
 
@@ -71,3 +73,9 @@ class Worker:
         if self.world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def common_precision(worker: Worker, asked: AskedFloatPrecision) -> FloatPrecision:
+    """What all ranks compute in: float32 where `auto` finds different precisions on them. Every rank calls it."""
+    found = set(worker.gather(float_precision(asked, worker.device)))
+    return found.pop() if len(found) == 1 else "float32"

@@ -44,6 +44,16 @@ def test_every_figure_is_in_the_event_files(run):
     assert [(event.step, event.value) for event in events.Scalars("evaluation/top1")] == [(10, 0.5)]
 
 
+def test_a_disk_that_takes_no_events_does_not_end_the_training(run, monkeypatch, caplog):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    for call in ("add_scalar", "flush", "close"):
+        monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{call}", fail)
+    track(run)
+    assert caplog.text.count("the training's figures could not be told") > len(TOLD)
+
+
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     """What was told to an MLflow of this test's own."""

@@ -125,7 +125,7 @@ def test_ranks_that_auto_finds_different_precisions_for_all_compute_in_float32(
         def gather(self, value):
             return [value, peers] if isinstance(value, str) else [value]
 
-    monkeypatch.setattr("pipeline.training.verdict.float_precision", lambda asked, device: "bfloat16")
+    monkeypatch.setattr("pipeline.training.worker.float_precision", lambda asked, device: "bfloat16")
     setup = Setup(preprocessing=verdict.bundle.preprocessing, keep_hardest=4)
     outcome, precision = judge_bundle(verdict.bundle_uri, verdict.manifest.uri, setup, "auto", OneOfTwo())
     assert precision == computed_in
