@@ -13,6 +13,7 @@ from pipeline.data.loader import LoadLog, load_batches, sample_pixels
 from pipeline.data.readers import ReadLimits
 from pipeline.data.transforms import Preprocessing
 from pipeline.errors import ImageError
+from tests.manifests import uris_of
 from tests.worlds import make_world, plan_of
 
 
@@ -23,16 +24,12 @@ def world(tmp_path_factory):
     return root
 
 
-def uris_of(plan) -> list[str]:
-    return [uri for shard in plan.manifest.shards() for uri in plan.manifest.images(shard)["uri"].to_pylist()]
-
-
 def test_samples_are_good_images_from_all_over_the_manifest(world):
     manifest, preprocessing = plan_of(world).manifest, Preprocessing(resize_size=32, crop_size=32)
     samples = sample_pixels(manifest, ReadLimits(), preprocessing, 8)
     assert (samples.dtype, samples.shape[1:]) == (torch.uint8, (3, 32, 32))
     assert 4 <= len(samples) <= 8
-    first = preprocessing.apply(decode(storage.read(uris_of(plan_of(world))[0]), max_pixels=10**6))
+    first = preprocessing.apply(decode(storage.read(uris_of(plan_of(world).manifest)[0]), max_pixels=10**6))
     assert torch.equal(samples[0], first)
 
 

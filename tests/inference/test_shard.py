@@ -24,6 +24,7 @@ from pipeline.inference.predictor import Predictor, distinct_preprocessings
 from pipeline.inference.shard import decode_batches, fetch_shard, load_shard, predict_shard
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.tables import open_table
+from tests.manifests import uris_of
 from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
 
 
@@ -32,10 +33,6 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     make_world(root)
     return root
-
-
-def uris_of(plan) -> list[str]:
-    return [uri for shard in plan.manifest.shards() for uri in plan.manifest.images(shard)["uri"].to_pylist()]
 
 
 def table(run, name: str) -> list[dict]:
@@ -47,7 +44,7 @@ def test_every_image_is_in_exactly_one_of_predictions_and_errors_in_manifest_ord
     run = run_without_ray(world, run_id="order")
     predicted = [row["uri"] for row in table(run, "predictions")]
     failed = [row["uri"] for row in table(run, "errors")]
-    listed = uris_of(plan_of(world, run_id="order"))
+    listed = uris_of(plan_of(world, run_id="order").manifest)
     assert len(failed) == 3
     assert predicted == [uri for uri in listed if uri not in failed]
     assert failed == [uri for uri in listed if uri not in predicted]
