@@ -18,19 +18,12 @@ from pipeline.inference.blocks import DecodedShard, PreparedShard
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.shard import load_shard
 from tests.jpegs import ALL, MAX_PIXELS, PLAIN
-from tests.worlds import make_world, plan_of
+from tests.worlds import plan_of
 
 CPU = torch.device("cpu")
 PREPROCESSINGS = [Preprocessing(resize_size=16, crop_size=16), Preprocessing(resize_size=20, crop_size=8)]
 OPTIONS = {"max_pixels": MAX_PIXELS, "shrink_to": None}
 LOST = ImageError("fetch", "not_found", "it is gone")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
 
 
 def shard_of(num_images, num_bytes=0):

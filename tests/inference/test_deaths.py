@@ -10,16 +10,9 @@ import pytest
 from pipeline.errors import RunError
 from pipeline.inference import workers
 from pipeline.inference.workers import PredictFused, decode_shard
-from tests.worlds import files_of, have_tasks, make_world, run_with_ray, run_without_ray
+from tests.worlds import files_of, have_tasks, run_with_ray, run_without_ray
 
 TABLES = {"names": ["predictions", "embeddings"]}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
 
 
 @pytest.mark.ray

@@ -16,14 +16,7 @@ from pipeline.inference.commit import Receipt, commit, committed_shard_ids
 from pipeline.inference.ending import conclude, prove, recording_failure, report_finished, until_too_many_errors
 from pipeline.inference.plan import finished_plan, record_run
 from pipeline.inference.run import resolve_inputs
-from tests.worlds import config_of, make_world, plan_of, run_without_ray
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    root: Path = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
+from tests.worlds import config_of, plan_of, run_without_ray
 
 
 def summary_of(world: Path, run_id: str) -> dict:

@@ -35,13 +35,6 @@ from tests.worlds import files_of, have_tasks, make_world, plan_of, run_with_ray
 TABLES = {"names": ["predictions", "embeddings"]}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
-
-
 @pytest.fixture
 def no_collector():
     """What only the garbage collector frees stays, as it may for very long in a process of many objects; no log does,

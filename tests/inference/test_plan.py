@@ -13,14 +13,7 @@ from pipeline.inference.commit import Receipt, commit
 from pipeline.inference.flow import predict
 from pipeline.inference.plan import as_begun, finished_plan, make_plan, record_run
 from pipeline.inference.run import list_run_ids, read_run, resolve_inputs
-from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of, record
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
+from tests.worlds import ONE_ACTOR, config_of, make_bundle, plan_of, record
 
 
 def test_a_new_run_has_every_shard_to_do(world):

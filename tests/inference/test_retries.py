@@ -15,13 +15,6 @@ from tests.manifests import uris_of
 from tests.worlds import config_of, make_world, plan_of, record, run_without_ray
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    root: Path = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
-
-
 def test_shards_with_errors_that_are_retried_are_done_again_and_no_others(tmp_path):
     make_world(tmp_path, num_broken=1)
     uris = [uri for uri in uris_of(Manifest.open(str(tmp_path / "manifest"))) if not uri.endswith(".txt")]

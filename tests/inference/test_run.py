@@ -14,13 +14,6 @@ from pipeline.models import registry
 from tests.worlds import ONE_ACTOR, config_of, make_bundle, make_world, plan_of, record
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
-
-
 def test_what_was_only_estimated_is_no_run(world):
     run = plan_of(world, run_id="estimated").run
     storage.write(storage.join(run.uri, "estimate.json"), b"{}")

@@ -25,14 +25,7 @@ from pipeline.inference.shard import decode_batches, fetch_shard, load_shard, pr
 from pipeline.models.bundle import Bundle, load_network
 from pipeline.tables import open_table
 from tests.manifests import uris_of
-from tests.worlds import make_bundle, make_world, plan_of, run_without_ray
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
+from tests.worlds import make_bundle, plan_of, run_without_ray
 
 
 def table(run, name: str) -> list[dict]:
